@@ -1,0 +1,300 @@
+"""Orbax checkpoints of a run: state, contract and tokenizer in every step.
+
+A step's folder stands alone. It holds `state` (step, params, opt_state), `meta`
+(model config, run config, data position, a checksum for every array) and
+`tokenizer` (its files). Saving is asynchronous and atomic: a save that was cut
+short leaves a temporary folder, which is never taken for a checkpoint.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
+
+FORMAT = 1
+VAL_LOSS = "val_loss"
+
+
+class DamagedCheckpointError(ValueError):
+    """What is on disk isn't what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """What a checkpoint says of itself."""
+
+    step: int
+    model: GPT2Config
+    run: Mapping[str, Any]  # the configuration of the run, as plain data
+    tokenizer: Tokenizer
+    metrics: Mapping[str, float]
+
+
+class Checkpoints:
+    """The checkpoints of one run: keeps the last `keep_last` and the best one."""
+
+    def __init__(self, folder: Path, *, keep_last: int = 1) -> None:
+        """Opens `folder`, which is made by the first save.
+
+        Raises:
+          DamagedCheckpointError: when a step's folder can't even be listed.
+        """
+        if keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last={keep_last} must be >= 1")
+        self.folder = folder
+        best = policies.BestN(
+            get_metric_fn=lambda m: -m[VAL_LOSS],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep_last), best]
+            ),
+            cleanup_tmp_directories=True,
+        )
+        check_steps(folder)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        state: Any,
+        *,
+        model: GPT2Config,
+        run: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        val_loss: float | None = None,
+    ) -> None:
+        """Starts to save a TrainState; a step that is there already is left alone.
+
+        The arrays are copied before this returns, so the state may be donated.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        tree = as_tree(state)
+        metrics = {} if val_loss is None else {VAL_LOSS: val_loss}
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "model": dataclasses.asdict(model),
+            "run": dict(run),
+            "metrics": metrics,
+            "tokenizer": {
+                "kind": tokenizer.kind,
+                "sha256": tokenizer_hash(tokenizer),
+                "vocab_size": tokenizer.vocab_size,
+                "eot_id": tokenizer.eot_id,
+            },
+            "checksums": checksums(tree),
+        }
+        files = {
+            name: base64.b64encode(content).decode()
+            for name, content in tokenizer.files().items()
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(tree),
+                meta=ocp.args.JsonSave({**meta, "sha256": _digest(meta)}),
+                tokenizer=ocp.args.JsonSave(files),
+            ),
+            metrics=metrics or None,
+        )
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def as_tree(state: Any) -> dict[str, Any]:
+    """A TrainState as the dict that a checkpoint holds."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def check_steps(folder: Path) -> list[int]:
+    """The steps saved in a run's checkpoint folder, ascending.
+
+    Raises:
+      DamagedCheckpointError: naming a step whose parts are not all there.
+    """
+    if not folder.is_dir():
+        return []
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+    for step in steps:
+        for part in ("state", "meta", "tokenizer"):
+            if not (folder / str(step) / part).is_dir():
+                raise DamagedCheckpointError(
+                    f"checkpoint {folder / str(step)} is damaged: no folder {part!r}; "
+                    "remove or repair that step"
+                )
+    return steps
+
+
+def find_step(path: Path, step: int | None = None) -> Path:
+    """The folder of one step.
+
+    Args:
+      path: of a run (workdir), or, with no `step`, of one of its steps.
+      step: None: the latest.
+
+    Raises:
+      FileNotFoundError: when it isn't there.
+    """
+    if step is None and (path / "meta").is_dir():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder: {path}")
+    folder = path / "checkpoints"
+    steps = check_steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {folder}")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"no checkpoint of step {step} in {folder}: {steps}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def read_contract(step_folder: Path) -> Contract:
+    """Reads and verifies all but the arrays of one step.
+
+    Raises:
+      DamagedCheckpointError: on unreadable or altered JSON or tokenizer files.
+    """
+    meta = _restore(step_folder, "meta", ocp.args.JsonRestore())
+    files = _restore(step_folder, "tokenizer", ocp.args.JsonRestore())
+    digest = meta.pop("sha256", None)
+    if meta.get("format") != FORMAT or digest != _digest(meta):
+        raise _damaged(step_folder, "meta does not match its own hash")
+    said = meta["tokenizer"]
+    try:
+        tokenizer = tokenizer_from_files(
+            said["kind"], {n: base64.b64decode(c) for n, c in files.items()}
+        )
+    except ValueError as e:
+        raise _damaged(step_folder, f"tokenizer: {e}") from e
+    if tokenizer_hash(tokenizer) != said["sha256"]:
+        raise _damaged(step_folder, "the tokenizer's files do not match their hash")
+    return Contract(
+        step=meta["step"],
+        model=GPT2Config.from_dict(meta["model"]),
+        run=meta["run"],
+        tokenizer=tokenizer,
+        metrics=meta["metrics"],
+    )
+
+
+def restore(step_folder: Path, abstract: Any) -> Any:
+    """Restores a tree of arrays onto the shardings of its abstract leaves.
+
+    Args:
+      step_folder: one step of a run.
+      abstract: a dict with any of the keys step, params and opt_state, whose
+        leaves are `jax.ShapeDtypeStruct` with a sharding; what it leaves out is
+        not read.
+
+    Raises:
+      DamagedCheckpointError: when files are missing or cut, or when an array's
+        checksum isn't the one that was saved.
+      ValueError: when a shape on disk isn't the one asked for.
+    """
+    restore_args = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(
+            sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+        ),
+        abstract,
+    )
+    tree = _restore(
+        step_folder,
+        "state",
+        ocp.args.PyTreeRestore(
+            item=abstract, restore_args=restore_args, partial_restore=True
+        ),
+    )
+    said = _restore(step_folder, "meta", ocp.args.JsonRestore())["checksums"]
+    for name, value in checksums(tree).items():
+        if said.get(name) != value:
+            raise _damaged(step_folder, f"array {name} fails its checksum")
+    return tree
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """path -> 32-bit checksum of each array, computed where its shards lie.
+
+    The sum, modulo 2**32, of each element's bits times an odd number that grows
+    with its index: any flipped bit changes it, and so does a swap or a shift.
+    Integer sums don't depend on their order, so neither does it on the topology.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    sums = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(x)
+        for path, x in leaves
+    }
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        index = index * jnp.uint32(size) + iota
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(step_folder: Path, why: object) -> DamagedCheckpointError:
+    why = " ".join(str(why).split())
+    return DamagedCheckpointError(f"checkpoint {step_folder} is damaged: {why[:300]}")
+
+
+def _restore(step_folder: Path, item: str, args: Any) -> Any:
+    handler = (
+        ocp.JsonCheckpointHandler()
+        if isinstance(args, ocp.args.JsonRestore)
+        else ocp.PyTreeCheckpointHandler()
+    )
+    unraisable = sys.unraisablehook
+
+    def hook(complaint: Any) -> None:
+        # When one read fails, Orbax closes its event loop under the others, and
+        # each of them complains on stderr, now or later.
+        if str(complaint.exc_value) != "Event loop is closed":
+            unraisable(complaint)
+
+    sys.unraisablehook = hook
+    asyncio_logger = logging.getLogger("asyncio")  # "exception was never retrieved"
+    asyncio_logger.disabled = True
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            restored = checkpointer.restore((step_folder / item).absolute(), args=args)
+    except Exception as e:  # Orbax raises bare Exceptions on damaged files
+        raise _damaged(step_folder, f"{item}: {e.__cause__ or e}") from e
+    sys.unraisablehook = unraisable
+    asyncio_logger.disabled = False
+    return restored

@@ -1,0 +1,95 @@
+"""The shape of a GPT-2: a frozen, hashable, validated dataclass."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """What defines a GPT-2 as a function of its parameters.
+
+    How it is computed (dtypes, rematerialisation, scan) is not here: see
+    `model.GPT2`. Field names are those of the `config.json` files in use; the
+    defaults are the 124M model.
+
+    Raises:
+      ValueError: on any impossible value, naming the field, value and limit.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # MLP width; None: 4 * n_embd
+    bias: bool = True  # in linears and LayerNorms; GPT-2 has them, nanoGPT may not
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    embd_pdrop: float = 0.1  # after wte + wpe
+    attn_pdrop: float = 0.1  # on attention probabilities
+    resid_pdrop: float = 0.1  # after each c_proj
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            _check_positive_int(name, getattr(self, name))
+        if self.n_inner is not None:
+            _check_positive_int("n_inner", self.n_inner)
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias={self.bias!r} must be True or False")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}"
+            )
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = _check_number(name, getattr(self, name))
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value} must be finite and > 0")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            value = _check_number(name, getattr(self, name))
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_dim(self) -> int:
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @classmethod
+    def named(cls, name: str, **overrides: Any) -> Self:
+        """One of the four released sizes: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+        if name not in SIZES:
+            raise ValueError(f"model {name!r} is not one of {', '.join(SIZES)}")
+        return cls(**{**SIZES[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`; an unknown key is refused by name."""
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown GPT2Config field {sorted(unknown)[0]!r}")
+        return cls(**values)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} must be an integer")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be >= 1")
+
+
+def _check_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}={value!r} must be a number")
+    return value

@@ -1,0 +1,1 @@
+"""Text -> token shards -> batches."""

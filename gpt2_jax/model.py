@@ -1,0 +1,330 @@
+"""GPT-2 as Linen modules: the only file that imports flax.linen.
+
+Axes, carried by the names of arrays:
+B batch, T query, S cached keys, H heads, K head_dim, D embed, F mlp, V vocab,
+N layers.
+
+Parameters are a plain nested dict, one entry a layer, whatever the way in which
+the layers are run:
+
+    wte/embedding [V, D]    wpe/embedding [P, D]    ln_f/{scale,bias} [D]
+    h_{i}/ln_1, h_{i}/ln_2  {scale,bias} [D]
+    h_{i}/attn/c_attn       kernel [D, 3, H, K]     bias [3D]
+    h_{i}/attn/c_proj       kernel [H, K, D]        bias [D]
+    h_{i}/mlp/c_fc          kernel [D, F]           bias [F]
+    h_{i}/mlp/c_proj        kernel [F, D]           bias [D]
+
+Biases are flat, so that ndim >= 2 holds for just the tensors that weight decay
+is for; the head axes of c_attn and c_proj are there to be sharded.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.attention import causal_attention
+from gpt2_jax.cache import KVCache
+from gpt2_jax.config import GPT2Config
+
+Params = dict[str, Any]
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def dtype_named(name: str) -> Any:
+    """float32 or bfloat16. Raises ValueError on any other name."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class Linear(nn.Module):
+    """x [..., *in_shape] -> [..., *out_shape], with a flat bias or none."""
+
+    in_shape: Sequence[int]
+    out_shape: Sequence[int]
+    stddev: float
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        in_shape, out_shape = tuple(self.in_shape), tuple(self.out_shape)
+        kernel = self.param(
+            "kernel",
+            nn.initializers.normal(self.stddev),
+            in_shape + out_shape,
+            self.param_dtype,
+        )
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        contracted = tuple(range(x.ndim - len(in_shape), x.ndim))
+        y = jax.lax.dot_general(
+            x, kernel, ((contracted, tuple(range(len(in_shape)))), ((), ()))
+        )
+        if not self.use_bias:
+            return y
+        bias = self.param(
+            "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
+        )
+        return y + bias.astype(y.dtype).reshape(out_shape)
+
+
+class Block(nn.Module):
+    """Pre-LN: x += attn(ln_1(x)); x += mlp(ln_2(x))."""
+
+    cfg: GPT2Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None,
+        layer: int,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        a_BTD, kv = Attention(self.cfg, self.dtype, self.param_dtype, name="attn")(
+            self._norm("ln_1", x_BTD), positions_BT, cache, layer, keys[0]
+        )
+        x_BTD += dropout(a_BTD, self.cfg.resid_pdrop, keys[1])
+        m_BTD = MLP(self.cfg, self.dtype, self.param_dtype, name="mlp")(
+            self._norm("ln_2", x_BTD)
+        )
+        x_BTD += dropout(m_BTD, self.cfg.resid_pdrop, keys[2])
+        return x_BTD, kv
+
+    def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        if jax.default_backend() == "cpu":
+            # Else XLA:CPU computes the gradient of a norm once more in each of its
+            # uses, one of them transposed: a training step takes 1.2x the time.
+            x_BTD = jax.lax.optimization_barrier(x_BTD)
+        return layer_norm(self.cfg, self.dtype, self.param_dtype, name)(x_BTD)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention; c_attn gives q, k, v in this order."""
+
+    cfg: GPT2Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None,
+        layer: int,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cfg = self.cfg
+        heads = (cfg.n_head, cfg.head_dim)
+        std, rest = cfg.initializer_range, (cfg.bias, self.dtype, self.param_dtype)
+        qkv_BT3HK = Linear((cfg.n_embd,), (3, *heads), std, *rest, name="c_attn")(x_BTD)
+        q_BTHK, k, v = (qkv_BT3HK[:, :, i] for i in range(3))
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        att_BTHK = causal_attention(
+            q_BTHK,
+            k,
+            v,
+            positions_BT,
+            dropout_rate=cfg.attn_pdrop,
+            dropout_key=dropout_key,
+        )
+        std = residual_stddev(cfg)
+        y_BTD = Linear(heads, (cfg.n_embd,), std, *rest, name="c_proj")(att_BTHK)
+        return y_BTD, None if cache is None else (k, v)
+
+
+class MLP(nn.Module):
+    """D -> F, the tanh approximation of GELU, F -> D."""
+
+    cfg: GPT2Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        d, f, rest = (
+            (cfg.n_embd,),
+            (cfg.mlp_dim,),
+            (cfg.bias, self.dtype, self.param_dtype),
+        )
+        h_BTF = Linear(d, f, cfg.initializer_range, *rest, name="c_fc")(x_BTD)
+        h_BTF = nn.gelu(h_BTF, approximate=True)
+        return Linear(f, d, residual_stddev(cfg), *rest, name="c_proj")(h_BTF)
+
+
+class GPT2(nn.Module):
+    """GPT-2: token ids -> float32 logits, with an explicit cache.
+
+    `logits, cache = model.apply({"params": params}, tokens, cache)`.
+
+    Attributes:
+      cfg: the architecture.
+      dtype: of the computation; scores, softmax, LayerNorm statistics and logits
+        stay in float32.
+      param_dtype: of the parameters.
+      scan_layers: run the layers under one `lax.scan` when there is no cache: the
+        compile time no longer grows with depth, a step on CPU is 1.3x slower
+        (benchmarks/). The parameters are the same either way.
+    """
+
+    cfg: GPT2Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        init = nn.initializers.normal(cfg.initializer_range)
+        embed = lambda n: nn.Embed(  # noqa: E731
+            n, cfg.n_embd, self.dtype, self.param_dtype, embedding_init=init
+        )
+        self.wte = embed(cfg.vocab_size)
+        self.wpe = embed(cfg.n_positions)
+        self.h = [Block(cfg, self.dtype, self.param_dtype) for _ in range(cfg.n_layer)]
+        self.ln_f = layer_norm(cfg, self.dtype, self.param_dtype)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Logits [B, T, V] in float32, and the cache with the T tokens appended.
+
+        Args:
+          tokens_BT: int32 ids in [0, vocab_size); ids can't be checked inside jit,
+            callers that take ids from a user check them first.
+          cache: None for a whole sequence from position 0.
+          deterministic: False applies dropout, with the rng stream "dropout".
+
+        Raises:
+          ValueError: when T exceeds n_positions or the size of the cache.
+        """
+        hidden_BTD, cache = self.hidden(tokens_BT, cache, deterministic=deterministic)
+        return self.unembed(hidden_BTD), cache
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """As `__call__`, but what comes out of ln_f, [B, T, D]."""
+        cfg = self.cfg
+        T = tokens_BT.shape[1]
+        limit = cfg.n_positions if cache is None else cache.size
+        if T > limit:
+            what = "n_positions" if cache is None else "the cache size"
+            raise ValueError(f"{T=} tokens exceed {what}={limit}")
+        positions_BT = jnp.arange(T)[None]
+        if cache is not None:
+            positions_BT = positions_BT + cache.length_B[:, None]
+        key = None if deterministic else self.make_rng("dropout")
+        fold = lambda i: None if key is None else jax.random.fold_in(key, i)  # noqa: E731
+
+        x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
+        x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
+        if self.scan_layers and cache is None and not self.is_initializing():
+            x_BTD = self._scan(x_BTD, positions_BT, key)
+        else:
+            kvs = []
+            for i, block in enumerate(self.h):
+                x_BTD, kv = block(x_BTD, positions_BT, cache, i, fold(i))
+                kvs.append(kv)
+            if cache is not None:
+                k, v = zip(*kvs, strict=True)
+                cache = KVCache(k, v, cache.length_B + T)
+        return self.ln_f(x_BTD), cache
+
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32 of hidden states [B, T, D]: head tied to wte."""
+        return jnp.einsum(
+            "BTD,VD->BTV",
+            hidden_BTD,
+            self.wte.embedding.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def _scan(self, x_BTD, positions_BT, key):
+        layers = [self.variables["params"][f"h_{i}"] for i in range(self.cfg.n_layer)]
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+        block = Block(self.cfg, self.dtype, self.param_dtype, parent=None)
+
+        def body(x_BTD, layer):
+            params, i = layer
+            k = None if key is None else jax.random.fold_in(key, i)
+            x_BTD, _ = block.apply({"params": params}, x_BTD, positions_BT, None, 0, k)
+            return x_BTD, None
+
+        indices = jnp.arange(self.cfg.n_layer)
+        return jax.lax.scan(body, x_BTD, (stacked, indices))[0]
+
+
+def layer_norm(cfg: GPT2Config, dtype, param_dtype, name=None) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        cfg.layer_norm_epsilon,
+        dtype,
+        param_dtype,
+        use_bias=cfg.bias,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def residual_stddev(cfg: GPT2Config) -> float:
+    """Init of both c_proj kernels: the residual stream sums 2 * n_layer of them."""
+    return cfg.initializer_range / math.sqrt(2 * cfg.n_layer)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x and scales the rest; key None: the identity."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def init(model: GPT2, key: jax.Array) -> Params:
+    """Fresh parameters: N(0, 0.02), c_proj by depth, biases 0, LayerNorm 1 and 0.
+
+    All layers are drawn by one vmapped program, so that its compile time, most of
+    which goes into random normals, does not grow with depth.
+    """
+    cfg = model.cfg
+    top_key, layers_key = jax.random.split(key)
+    shallow = model.clone(cfg=dataclasses.replace(cfg, n_layer=1))
+    params = shallow.init(top_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    block = Block(cfg, model.dtype, model.param_dtype)
+    inputs = (jnp.zeros((1, 1, cfg.n_embd)), jnp.zeros((1, 1), int), None, 0, None)
+    layers = jax.vmap(lambda k: block.init(k, *inputs)["params"])(
+        jax.random.split(layers_key, cfg.n_layer)
+    )
+    for i in range(cfg.n_layer):
+        params[f"h_{i}"] = jax.tree.map(lambda x, i=i: x[i], layers)
+    return params
+
+
+def abstract_params(cfg: GPT2Config) -> Params:
+    """Shapes and dtypes of the float32 parameters, nothing allocated."""
+    return jax.eval_shape(lambda: init(GPT2(cfg), jax.random.key(0)))
+
+
+def count_params(params: Params) -> int:
+    """Number of parameters; abstract leaves will do."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

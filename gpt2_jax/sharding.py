@@ -1,0 +1,96 @@
+"""The mesh, the table of partition rules, and a tree's shardings by it."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+# Every parameter matches one row, by the end of its path; so do the optimizer's
+# moments, whose paths end alike.
+RULES: tuple[tuple[str, P], ...] = (
+    ("wte/embedding", P("tensor", "fsdp")),
+    ("wpe/embedding", P(None, "fsdp")),
+    ("attn/c_attn/kernel", P("fsdp", None, "tensor", None)),
+    ("attn/c_proj/kernel", P("tensor", None, "fsdp")),
+    ("mlp/c_fc/kernel", P("fsdp", "tensor")),
+    ("mlp/c_proj/kernel", P("tensor", "fsdp")),
+    ("(c_attn|c_proj|c_fc)/bias", P()),
+    ("(ln_1|ln_2|ln_f)/(scale|bias)", P()),
+)
+
+BATCH = ("data", "fsdp")  # the axes over which the examples of a batch are spread
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh of all devices, or of those given; one axis may be -1: the rest.
+
+    Raises:
+      ValueError: when the product of the axes isn't the number of devices.
+    """
+    shape = [data, fsdp, tensor]
+    n_devices = jax.device_count() if devices is None else len(devices)
+    asked = ", ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
+    if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
+        raise ValueError(f"mesh {asked}: axes are >= 1, and at most one is -1")
+    if -1 in shape:
+        rest = -math.prod(shape)
+        shape[shape.index(-1)] = max(1, n_devices // rest)
+    if math.prod(shape) != n_devices:
+        raise ValueError(f"mesh {asked} does not fit the {n_devices} devices")
+    return jax.make_mesh(
+        tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf of a (possibly abstract) tree; scalars replicated.
+
+    Raises:
+      ValueError: on a leaf that no rule, or more than one, matches, and on a
+        dimension that its mesh axis does not divide.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, _spec(path, x, mesh)), tree
+    )
+
+
+def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> P:
+    if leaf.ndim == 0:
+        return P()
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    specs = [s for rule, s in RULES if re.search(rf"(^|/){rule}$", name)]
+    if len(specs) != 1:
+        raise ValueError(f"{len(specs)} partition rules match the parameter {name!r}")
+    for size, axis in zip(leaf.shape, specs[0], strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name} has a dimension of {size}, which mesh axis "
+                f"{axis}={mesh.shape[axis]} does not divide"
+            )
+    return specs[0]
+
+
+def batch_sharding(mesh: Mesh, ndim: int, axis: int) -> NamedSharding:
+    """Examples lie along dimension `axis` of an array of `ndim` dimensions."""
+    return NamedSharding(mesh, P(*(BATCH if i == axis else None for i in range(ndim))))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def n_batch_shards(mesh: Mesh) -> int:
+    """In how many parts the examples of a batch are spread."""
+    return math.prod(mesh.shape[a] for a in BATCH)

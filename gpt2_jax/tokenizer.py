@@ -1,0 +1,613 @@
+"""Text <-> token ids: GPT-2's byte-level BPE, SentencePiece, characters, bytes.
+
+Every tokenizer decodes through one table, id -> bytes, so decoding is the same
+everywhere: join the bytes, then read them as UTF-8. `encode` never interprets special
+tokens that are written in the text, and `decode(encode(text)) == text` for every text
+that can be written in UTF-8 (for a foreign SentencePiece model: as far as it goes).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What the project asks of a tokenizer. Ids are 0 .. vocab_size - 1."""
+
+    @property
+    def kind(self) -> str:
+        """The name that `tokenizer_from_files` knows it by."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+
+    @property
+    def eot_id(self) -> int:
+        """The end-of-text token: it follows every document."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text. ValueError on a lone surrogate."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids; bytes that are no UTF-8 (a cut sequence) become U+FFFD.
+
+        Special tokens appear as they are written, `<|endoftext|>`. ValueError on an id
+        that is out of range.
+        """
+
+    def files(self) -> dict[str, bytes]:
+        """The files, name -> content, that `tokenizer_from_files` rebuilds it from."""
+
+
+class _TableTokenizer:
+    """Decoding, shared: `_table[i]` holds the bytes of id i."""
+
+    _table: list[bytes]
+    eot_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._table)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._bytes(ids).decode("utf-8", errors="replace")
+
+    def _bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        array = np.asarray(ids)  # of any library
+        bad = array[(array < 0) | (array >= self.vocab_size)]
+        if bad.size:
+            raise ValueError(
+                f"token id {bad[0]} is out of range: vocab_size={self.vocab_size}"
+            )
+        return b"".join([self._table[i] for i in array.tolist()])
+
+
+def _utf8(text: str) -> bytes:
+    """UTF-8 of text; ValueError if it has none."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text has a lone surrogate {text[error.start]!a} at character "
+            f"{error.start}: it cannot be written in UTF-8"
+        ) from None
+
+
+class ByteTokenizer(_TableTokenizer):
+    """The 256 bytes of UTF-8, then end of text: 257 ids."""
+
+    kind = "bytes"
+
+    def __init__(self) -> None:
+        self._table = [bytes([b]) for b in range(256)] + [END_OF_TEXT.encode()]
+        self.eot_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(_utf8(text))
+
+    def files(self) -> dict[str, bytes]:
+        return {"bytes.json": b"{}\n"}
+
+
+class CharTokenizer(_TableTokenizer):
+    """A table of characters in code point order, then end of text.
+
+    `encode` raises ValueError on a character that the table lacks.
+    """
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str]):
+        self._characters = "".join(sorted(set(characters)))
+        if not self._characters:
+            raise ValueError("no text to take characters from")
+        _utf8(self._characters)
+        self._codes = self._code_points(self._characters)
+        self._table = [c.encode() for c in self._characters] + [END_OF_TEXT.encode()]
+        self.eot_id = len(self._characters)
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> "CharTokenizer":
+        """The table of all characters that occur in `texts`."""
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return cls(characters)
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        codes = self._code_points(text)
+        ids = np.searchsorted(self._codes, codes)
+        known = self._codes[np.minimum(ids, len(self._codes) - 1)] == codes
+        if not known.all():
+            at = int(np.argmin(known))
+            raise ValueError(
+                f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is "
+                f"not in the vocabulary of {len(self._codes)} characters"
+            )
+        return ids.tolist()
+
+    def files(self) -> dict[str, bytes]:
+        return {"characters.json": json.dumps(self._characters).encode() + b"\n"}
+
+    @staticmethod
+    def _code_points(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-32-le"), "<u4")
+
+
+# --- GPT-2 ----------------------------------------------------------------------------
+
+# GPT-2's pre-token pattern, `'s|'t|...| ?\p{L}+|...|\s+(?!\S)|\s+`, for an engine that
+# backtracks: possessive where giving back cannot help, and a closing run of whitespace
+# taken whole. After `\s+(?!\S)` has failed, just one whitespace character is left.
+_PRE_TOKEN = (
+    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
+    r"|\s++$|\s+(?!\S)|\s"
+)
+# What still backtracks, `\s+(?!\S)`, overflows the engine's stack (and panics) on some
+# 300,000 spaces before a word. All of a run but its last character is one pre-token, so
+# very long runs are cut off here. These are the characters of the engine's \s.
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG = 10_000
+_LONG_RUN = re.compile(
+    rf"((?<![{_SPACE}])[{_SPACE}]{{{_LONG},}}(?=[{_SPACE}][^{_SPACE}]))"
+)
+
+
+def _cut_long_runs(text: str) -> list[str]:
+    """The parts of text: each can be encoded on its own."""
+    half = _LONG // 2  # a long run covers a whole stride: most texts end here, fast
+    strides = range(0, len(text) - half + 1, half)
+    if any(text[i : i + half].isspace() for i in strides):
+        return _LONG_RUN.split(text)
+    return [text]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's visible character for each byte, as character -> byte."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {
+        chr(256 + i): b for i, b in enumerate(hidden)
+    }
+
+
+_BYTES = _byte_alphabet()
+
+
+class GPT2Tokenizer(_TableTokenizer):
+    """GPT-2's byte-level BPE, run by tiktoken.
+
+    Args:
+      files: `vocab.json` and `merges.txt`, or `encoder.json` and `vocab.bpe`, or
+        `tokenizer.json` alone. Ids are those of the vocabulary, in whatever order.
+        Tokens that no merge makes are special: they decode, but are never encoded.
+
+    Raises ValueError on files that are damaged, or that describe another tokenizer.
+    """
+
+    kind = "gpt2"
+    FORMS: tuple[tuple[str, ...], ...] = (
+        ("tokenizer.json",),
+        ("vocab.json", "merges.txt"),
+        ("encoder.json", "vocab.bpe"),
+    )
+
+    def __init__(self, files: Mapping[str, bytes]):
+        import tiktoken
+
+        form = next((f for f in self.FORMS if set(f) <= set(files)), None)
+        if form is None:
+            raise ValueError(
+                f"a GPT-2 tokenizer is {_either(self.FORMS)}; given: {sorted(files)}"
+            )
+        self._files = {name: files[name] for name in form}
+        special: dict[str, int] = {}
+        if form == ("tokenizer.json",):
+            vocab, merges, special = _read_tokenizer_json(files[form[0]])
+        else:
+            vocab = _json(form[0], files[form[0]])
+            merges = _read_merges(form[1], files[form[1]])
+        all_ids = {**vocab, **special}
+        if not all(isinstance(i, int) for i in all_ids.values()):
+            raise ValueError(f"{form[0]}: not a table of token -> id")
+        learned = _merged_tokens(vocab, merges)
+        if sorted(all_ids.values()) != list(range(len(all_ids))):
+            raise ValueError(
+                f"{form[0]}: the ids of {len(all_ids)} tokens are not "
+                f"0 .. {len(all_ids) - 1}, each once"
+            )
+        if END_OF_TEXT not in all_ids:
+            raise ValueError(f"{form[0]}: no end-of-text token {END_OF_TEXT}")
+        self.eot_id = all_ids[END_OF_TEXT]
+        self._table = [b""] * len(all_ids)
+        for token, i in all_ids.items():
+            self._table[i] = token.encode()
+        for token in learned:
+            self._table[vocab[token]] = bytes(_BYTES[c] for c in token)
+
+        ranked = np.array([vocab[token] for token in learned])
+        identity = bool((ranked == np.arange(len(ranked))).all())
+        self._id_of_rank = None if identity else ranked
+        self._bpe = tiktoken.Encoding(
+            "gpt2_jax",
+            pat_str=_PRE_TOKEN,
+            mergeable_ranks={self._table[i]: r for r, i in enumerate(ranked.tolist())},
+            special_tokens={},
+        )
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        ranks: list[int] = []
+        for part in _cut_long_runs(text):
+            ranks += self._bpe.encode_ordinary(part)
+        return ranks if self._id_of_rank is None else self._id_of_rank[ranks].tolist()
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._files)
+
+
+def _either(forms: Iterable[Iterable[str]]) -> str:
+    return ", or ".join(" + ".join(form) for form in forms)
+
+
+def _json(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: not a JSON object")
+    return value
+
+
+def _read_merges(name: str, content: bytes) -> list[tuple[str, ...]]:
+    """Lines `left right`, after an optional first line `#version: ...`."""
+    try:
+        lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 at byte {error.start}") from None
+    if lines[0].startswith("#version"):
+        lines = lines[1:]
+    return [tuple(line.split(" ")) for line in lines if line]
+
+
+def _read_tokenizer_json(
+    content: bytes,
+) -> tuple[dict[str, int], list[tuple[str, ...]], dict[str, int]]:
+    """(vocabulary, merges, added tokens); refuses by name what is not GPT-2's BPE."""
+    data = _json("tokenizer.json", content)
+
+    def demand(what: str, value: object, allowed: tuple[object, ...]) -> None:
+        if value not in allowed:
+            raise ValueError(
+                f"tokenizer.json is not GPT-2's byte-level BPE: {what} is {value!r}"
+            )
+
+    def part(name: str) -> dict[str, Any]:
+        value = data.get(name) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"tokenizer.json is damaged: {name} is {value!r}")
+        return value
+
+    model, pre_tokenizer = part("model"), part("pre_tokenizer")
+    # Files of before 2020 name no model type; a BPE is what has merges.
+    model_type = model.get("type", "BPE" if "merges" in model else None)
+    demand("model.type", model_type, ("BPE",))
+    for key in (
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    ):
+        demand(f"model.{key}", model.get(key), (None, False, "", 0))
+    demand("normalizer", part("normalizer").get("type"), (None,))
+    demand("pre_tokenizer", pre_tokenizer.get("type"), ("ByteLevel",))
+    demand("add_prefix_space", pre_tokenizer.get("add_prefix_space", True), (False,))
+    demand("use_regex", pre_tokenizer.get("use_regex", True), (True,))
+    for name in ("post_processor", "decoder"):
+        demand(name, part(name).get("type"), (None, "ByteLevel"))
+    try:
+        merges = [
+            tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]
+        ]
+        special = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
+        return dict(model["vocab"]), merges, special
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"tokenizer.json is damaged: {error!r}") from None
+
+
+def _merged_tokens(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """Tokens in order of rank: the 256 bytes, by id, then what the merges make."""
+    missing = [f"0x{byte:02x}" for char, byte in _BYTES.items() if char not in vocab]
+    if missing:
+        raise ValueError(f"the vocabulary lacks the byte {missing[0]}")
+    tokens = dict.fromkeys(sorted(_BYTES, key=vocab.__getitem__))
+    for n, merge in enumerate(merges, 1):
+        if len(merge) != 2 or not all(part in tokens for part in merge):
+            raise ValueError(f"merge {n}, {merge}, does not join two known tokens")
+        token = "".join(merge)
+        if token not in vocab:
+            raise ValueError(f"merge {n} makes {token!r}: not in the vocabulary")
+        if token in tokens:
+            raise ValueError(f"merge {n} makes {token!r} a second time")
+        tokens[token] = None
+    return list(tokens)
+
+
+# --- SentencePiece --------------------------------------------------------------------
+
+_BLANK = "\u2581"  # how SentencePiece writes a space
+_RESERVED = re.compile("[\u2581\u2585]")  # its trainer's own: blank and unknown
+
+
+class SentencePieceTokenizer(_TableTokenizer):
+    """A SentencePiece model; its end-of-sentence piece is the end of text.
+
+    A model of `train_sentencepiece` is exact for every text. A foreign one is used as
+    it is: its normaliser may change the text, and without byte fallback a character
+    that it does not know becomes its unknown piece, which decodes to U+FFFD.
+
+    Raises ValueError if `model` is no SentencePiece model or has no end piece.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        self._model = model
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor()
+            self._sp.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise ValueError("not a SentencePiece model, or a damaged one") from None
+        self.eot_id = self._sp.eos_id()
+        if self.eot_id < 0:
+            raise ValueError(
+                "the SentencePiece model has no end-of-sentence piece (eos, </s>), "
+                "which is needed as end of text"
+            )
+        ids = range(self._sp.get_piece_size())
+        self._table = [self._piece_bytes(i) for i in ids]
+        byte_ids = {self._table[i]: i for i in ids if self._sp.is_byte(i)}
+        # A foreign model may put a space before the text: found by trying.
+        self._has_prefix = self._bytes(self._sp.encode("a")).startswith(b" ")
+        # A literal U+2581 would come back as a space: it goes as three bytes.
+        self._blank_ids: list[int] | None = None
+        if len(byte_ids) == 256 and not self._has_prefix:
+            self._blank_ids = [byte_ids[bytes([b])] for b in _BLANK.encode()]
+
+    def _piece_bytes(self, i: int) -> bytes:
+        piece = self._sp.id_to_piece(i)
+        if self._sp.is_byte(i):
+            return bytes([int(piece[3:5], 16)])  # "<0x0A>"
+        if self._sp.is_unknown(i):
+            return "\ufffd".encode()
+        return piece.replace(_BLANK, " ").encode()
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        if self._blank_ids is None or _BLANK not in text:
+            return self._sp.encode(text)
+        first, *rest = (self._sp.encode(part) for part in text.split(_BLANK))
+        return sum((self._blank_ids + ids for ids in rest), first)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._has_prefix else text
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._model}
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int
+) -> SentencePieceTokenizer:
+    """Trains a BPE model with byte fallback on `texts`; 2 MB take about a second.
+
+    Nothing is normalised, and runs of spaces and newlines may become pieces. The same
+    texts give the same model. The text is held in memory.
+
+    Raises ValueError, naming the limit, if the corpus cannot fill vocab_size or if the
+    256 bytes, two special pieces and the corpus's characters do not fit in it.
+    """
+    import io
+
+    import sentencepiece
+
+    if vocab_size < 258:
+        raise ValueError(
+            f"{vocab_size=} is too small: 256 bytes and 2 special pieces need 258"
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=END_OF_TEXT,
+            bos_id=-1,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * _SENTENCE,  # in bytes; longer ones are dropped
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_training_error(str(error), vocab_size)) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+_SENTENCE = 1 << 20  # characters
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Texts without the characters at which the trainer drops the whole sentence."""
+    for text in texts:
+        _utf8(text)
+        for part in _RESERVED.split(text):
+            for at in range(0, len(part), _SENTENCE):
+                yield part[at : at + _SENTENCE]
+
+
+def _training_error(message: str, vocab_size: int) -> str:
+    """SentencePiece's message in one line for a person."""
+    if "sentences_.empty()" in message:
+        return "no text to train a tokenizer on"
+    if found := re.search(r"Vocabulary size too high .* <= (\d+)", message):
+        return (
+            f"{vocab_size=} is too large for this text, "
+            f"which yields at most {found[1]} pieces"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"{vocab_size=} is too small for this text, whose characters need "
+            f"at least {found[1]} pieces"
+        )
+    return f"SentencePiece could not be trained with {vocab_size=}: {message}"
+
+
+# --- Files ----------------------------------------------------------------------------
+
+
+def tokenizer_from_files(kind: str, files: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer whose `kind` and `files()` these are.
+
+    Raises ValueError on an unknown kind, and on files that are missing or damaged.
+    """
+    if kind == ByteTokenizer.kind:
+        return ByteTokenizer()
+    if kind == CharTokenizer.kind:
+        return CharTokenizer(_read_characters(_one(files, "characters.json")))
+    if kind == GPT2Tokenizer.kind:
+        return GPT2Tokenizer(files)
+    if kind == SentencePieceTokenizer.kind:
+        return SentencePieceTokenizer(_one(files, "tokenizer.model"))
+    raise ValueError(
+        f"unknown tokenizer kind {kind!r}: not bytes, char, gpt2 or sentencepiece"
+    )
+
+
+def _one(files: Mapping[str, bytes], name: str) -> bytes:
+    if name not in files:
+        raise ValueError(f"the tokenizer's file {name} is missing; given: {[*files]}")
+    return files[name]
+
+
+def _read_characters(content: bytes) -> str:
+    try:
+        characters = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"characters.json: not JSON ({error})") from None
+    if not isinstance(characters, str):
+        raise ValueError("characters.json: not a JSON string")
+    return characters
+
+
+_SINGLE = {
+    "bytes.json": ByteTokenizer.kind,
+    "characters.json": CharTokenizer.kind,
+    "tokenizer.json": GPT2Tokenizer.kind,
+}
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a folder, or of a file given directly.
+
+    Looked for, in this order: `*.model` (SentencePiece, just one), `bytes.json`,
+    `characters.json`, `tokenizer.json`, `vocab.json` + `merges.txt`, `encoder.json` +
+    `vocab.bpe`. One file of a pair stands for both.
+
+    Raises FileNotFoundError that says what was looked for; ValueError as
+    `tokenizer_from_files` does, with the path in front.
+    """
+    path = Path(path)
+    if path.is_dir():
+        kind, names = _find_in(path)
+        files = {name: (path / name).read_bytes() for name in names}
+    elif path.is_file():
+        kind, names = _of_file(path)
+        files = {name: path.with_name(name).read_bytes() for name in names}
+    else:
+        raise FileNotFoundError(f"no tokenizer: {path} does not exist")
+    if kind == SentencePieceTokenizer.kind:
+        files = {"tokenizer.model": files[names[0]]}
+    try:
+        return tokenizer_from_files(kind, files)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _find_in(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """(kind, file names) of the tokenizer in a folder."""
+    models = sorted(p.name for p in folder.glob("*.model"))
+    if len(models) > 1:
+        raise ValueError(f"{folder} holds several models, give one: {models}")
+    if models:
+        return SentencePieceTokenizer.kind, (models[0],)
+    for name, kind in _SINGLE.items():
+        if (folder / name).is_file():
+            return kind, (name,)
+    for form in GPT2Tokenizer.FORMS:
+        if all((folder / name).is_file() for name in form):
+            return GPT2Tokenizer.kind, form
+    wanted = [("*.model",), *((name,) for name in _SINGLE), *GPT2Tokenizer.FORMS[1:]]
+    raise FileNotFoundError(f"no tokenizer in {folder}: looked for {_either(wanted)}")
+
+
+def _of_file(path: Path) -> tuple[str, tuple[str, ...]]:
+    """(kind, file names) of the tokenizer that a file belongs to."""
+    if path.suffix == ".model":
+        return SentencePieceTokenizer.kind, (path.name,)
+    if path.name in _SINGLE:
+        return _SINGLE[path.name], (path.name,)
+    for form in GPT2Tokenizer.FORMS:
+        if path.name in form:
+            if lacking := [n for n in form if not path.with_name(n).is_file()]:
+                raise FileNotFoundError(f"{path} needs {lacking[0]} beside it")
+            return GPT2Tokenizer.kind, form
+    raise ValueError(
+        f"{path} is no tokenizer file: not *.model, {', '.join(_SINGLE)}, "
+        f"{_either(GPT2Tokenizer.FORMS[1:])}"
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes `files()` into `folder`, made if need be: `load_tokenizer` reads it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+
+
+def files_hash(kind: str, files: Mapping[str, bytes]) -> str:
+    """SHA-256, in hex, over a tokenizer's kind and files."""
+    digest = hashlib.sha256(kind.encode())
+    for name, content in sorted(files.items()):
+        digest.update(b"\0%s\0%d\0" % (name.encode(), len(content)))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256, in hex: equal for two tokenizers that have the same files."""
+    return files_hash(tokenizer.kind, tokenizer.files())

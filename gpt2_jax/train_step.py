@@ -1,0 +1,141 @@
+"""TrainState, loss, train and eval step: pure functions."""
+
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gpt2_jax import sharding
+from gpt2_jax.losses import cross_entropy
+from gpt2_jax.model import GPT2, Params, init
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array  # int32: updates done
+    params: Params
+    opt_state: Any
+
+
+def summed_loss(
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    *,
+    model: GPT2,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Sum over the targets that count of their cross-entropy in nats.
+
+    Args:
+      tokens_BT: [B, T + 1], inputs and targets overlapping.
+      mask_BT: bool [B, T], which targets count; None: all.
+      dropout_key: None for no dropout.
+    """
+    logits_BTV, _ = model.apply(
+        {"params": params},
+        tokens_BT[:, :-1],
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    nll_BT = cross_entropy(logits_BTV, tokens_BT[:, 1:])
+    return nll_BT.sum() if mask_BT is None else jnp.where(mask_BT, nll_BT, 0).sum()
+
+
+def gradients(
+    params: Params,
+    tokens_ABT: jax.Array,
+    mask_ABT: jax.Array | None,
+    *,
+    model: GPT2,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, Params]:
+    """Mean loss over all targets of A microbatches, and its gradient.
+
+    The mean is over the targets of the whole batch, so A has no part in it.
+
+    Args:
+      tokens_ABT: [A, B, T + 1]; the microbatches are gone through by a scan.
+      mask_ABT: bool [A, B, T], or None.
+    """
+    A, B, T1 = tokens_ABT.shape
+    count = B * A * (T1 - 1) if mask_ABT is None else mask_ABT.sum()
+    scale = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+
+    def micro(tokens_BT, mask_BT, i):
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
+        return jax.value_and_grad(
+            lambda p: (
+                scale * summed_loss(p, tokens_BT, mask_BT, model=model, dropout_key=key)
+            )
+        )(params)
+
+    if A == 1:
+        return micro(tokens_ABT[0], None if mask_ABT is None else mask_ABT[0], 0)
+
+    def add(total, xs):
+        return jax.tree.map(jnp.add, total, micro(*xs)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, (tokens_ABT, mask_ABT, jnp.arange(A)))[0]
+
+
+def train_step(
+    state: TrainState,
+    tokens_ABT: jax.Array,
+    mask_ABT: jax.Array | None = None,
+    *,
+    model: GPT2,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update; metrics `loss` (before it) and `grad_norm` (before clipping)."""
+    cfg = model.cfg
+    has_dropout = max(cfg.embd_pdrop, cfg.attn_pdrop, cfg.resid_pdrop) > 0
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if has_dropout else None
+    loss, grads = gradients(
+        state.params, tokens_ABT, mask_ABT, model=model, dropout_key=key
+    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(
+    params: Params, tokens_BT: jax.Array, mask_BT: jax.Array, *, model: GPT2
+) -> tuple[jax.Array, jax.Array]:
+    """Summed loss over the targets in the mask, and their number."""
+    return summed_loss(params, tokens_BT, mask_BT, model=model), mask_BT.sum()
+
+
+def abstract_state(
+    model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, nothing allocated."""
+    shapes = jax.eval_shape(lambda: _init_state(model, optimizer, 0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+
+
+def init_state(
+    model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> TrainState:
+    """A fresh state, each shard made where it lives."""
+    shardings = jax.tree.map(
+        lambda x: x.sharding, abstract_state(model, optimizer, mesh)
+    )
+    make = jax.jit(partial(_init_state, model, optimizer), out_shardings=shardings)
+    return make(seed)
+
+
+def _init_state(model, optimizer, seed):
+    params = init(model, jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -1,0 +1,28 @@
+"""Prints loss and perplexity of a run's checkpoint over a whole split.
+
+python scripts/evaluate.py --workdir=runs/quickstart --split=test
+"""
+
+from absl import flags
+
+from gpt2_jax import cli
+from gpt2_jax.evaluate import evaluate_run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; none: the latest.")
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Examples at a time.")
+
+
+def main(_: list[str]) -> None:
+    result, protocol = evaluate_run(
+        _WORKDIR.value, _SPLIT.value, step=_STEP.value, batch_size=_BATCH_SIZE.value
+    )
+    print(
+        f"{_SPLIT.value} loss {result.loss:.4f} perplexity {result.perplexity:.4f} "
+        f"over {result.tokens} tokens ({protocol})"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,204 @@
+"""Batches: coverage, order, seeking, rows, shard borders, evaluation, refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2_jax.data.loader import (
+    TokenDataset,
+    eval_batches,
+    train_batch,
+    windows_per_epoch,
+)
+from gpt2_jax.data.prepare import prepare
+from gpt2_jax.tokenizer import ByteTokenizer
+
+
+class CountTokenizer(ByteTokenizer):
+    """A text "n" of a number is 0, 1, ... n - 1, from `base` on; vocabulary `size`."""
+
+    def __init__(self, size: int, base: int = 0):
+        super().__init__()
+        self._size, self._base = size, base
+
+    def encode(self, text: str) -> list[int]:
+        return [self._base + i for i in range(int(text))]
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+
+def dataset(
+    folder: Path,
+    tokens: int,
+    *,
+    shard_tokens: int = 10**6,
+    vocab_size: int = 2000,
+    base: int = 0,
+) -> TokenDataset:
+    """Tokens base, base + 1, ... and last the end of text, 256."""
+    (folder / "n.txt").write_text(str(tokens - 1))
+    prepare(
+        folder / "n.txt",
+        folder / "out",
+        CountTokenizer(vocab_size, base),
+        splits=(1, 0, 0),
+        shard_tokens=shard_tokens,
+    )
+    return TokenDataset(folder / "out", "train")
+
+
+def test_windows_cross_shard_borders(tmp_path: Path):
+    whole = np.append(np.arange(99), 256)
+    for shard_tokens in (100, 40, 7, 1):
+        data = dataset(tmp_path, 100, shard_tokens=shard_tokens)
+        assert len(data) == 100
+        starts = np.array([0, 6, 7, 39, 33, 80], np.int64)
+        got = data.windows(starts, 20)
+        assert got.dtype == np.int32
+        assert got.shape == (6, 20)
+        assert (got == whole[starts[:, None] + np.arange(20)]).all()
+    assert (data.windows(np.array([0]), 100)[0] == whole).all()
+    assert data.windows(np.array([], np.int64), 5).shape == (0, 5)
+    for start in (-1, 81):
+        with pytest.raises(IndexError, match=rf"window {start} \+ 20 exceeds 100"):
+            data.windows(np.array([start]), 20)
+
+
+def test_uint32_ids(tmp_path: Path):
+    data = dataset(tmp_path, 500, vocab_size=70_000, base=69_000)
+    assert data.index.dtype == "uint32"
+    batch = train_batch(data, seed=0, step=0, batch_size=4, block_size=8)
+    assert batch.dtype == np.int32
+    assert batch.max() >= 69_000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(1000, 8), (1001, 8), (17, 8), (9, 8), (50, 1)]
+)
+def test_an_epoch_has_each_window_once(tmp_path: Path, tokens: int, block: int):
+    """No target twice in an epoch; all but two blocks of them, at most, are there."""
+    data = dataset(tmp_path, tokens)
+    count = windows_per_epoch(tokens, block)
+    phases = set()
+    for epoch in range(6):
+        batch = train_batch(
+            data, seed=3, step=epoch, batch_size=count, block_size=block
+        )
+        assert batch.shape == (count, block + 1)
+        starts = np.sort(batch[:, 0])
+        assert (np.diff(starts) == block).all()
+        assert 0 <= starts[0] <= block
+        assert starts[-1] + block <= tokens - 1
+        assert count * block > tokens - 1 - 2 * block
+        whole = np.append(np.arange(tokens - 1), 256)
+        assert (batch == whole[batch[:, :1] + np.arange(block + 1)]).all()
+        phases.add(int(starts[0]))
+    assert len(phases) > 1 or tokens < 17 or block == 1
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path):
+    data = dataset(tmp_path, 1000)
+    same = TokenDataset(tmp_path / "out", "train")
+
+    def batch(source: TokenDataset, seed: int, step: int) -> np.ndarray:
+        return train_batch(source, seed=seed, step=step, batch_size=6, block_size=16)
+
+    late = batch(data, 5, 10**9)  # a seek, before anything else was read
+    for step in (0, 1, 9, 10, 11, 50):
+        assert (batch(data, 5, step) == batch(same, 5, step)).all()
+    assert (batch(same, 5, 10**9) == late).all()
+    assert (batch(data, 5, 0) != batch(data, 6, 0)).any()
+    assert (batch(data, 5, 0) != batch(data, 5, 1)).any()
+    first, second = (np.concatenate([batch(data, 5, s) for s in r])[:, 0]
+                     for r in (range(10), range(10, 20)))  # fmt: skip
+    assert (first != second).any()
+
+
+def test_examples_do_not_depend_on_the_batch_size(tmp_path: Path):
+    """Example g is the same window in batches of 1, 5 and 60, across epochs."""
+    data = dataset(tmp_path, 300)
+    streams = [
+        np.concatenate(
+            [
+                train_batch(data, seed=1, step=step, batch_size=size, block_size=16)
+                for step in range(60 // size)
+            ]
+        )
+        for size in (1, 5, 60)
+    ]
+    assert windows_per_epoch(300, 16) == 17  # 60 examples span 4 epochs
+    assert (streams[0] == streams[1]).all()
+    assert (streams[0] == streams[2]).all()
+
+
+def test_rows_are_rows_of_the_batch(tmp_path: Path):
+    data = dataset(tmp_path, 500)
+    args = {"seed": 2, "step": 7, "batch_size": 12, "block_size": 10}
+    full = train_batch(data, **args)
+    for rows in (slice(0, 4), slice(4, 12), slice(None, None, 5), slice(3, 3)):
+        assert (train_batch(data, **args, rows=rows) == full[rows]).all()
+    some = np.array([11, 0, 5])
+    assert (train_batch(data, **args, rows=some) == full[some]).all()
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 10, 97, 129, 130, 1000])
+@pytest.mark.parametrize(("size", "block"), [(1, 8), (4, 8), (3, 32)])
+def test_evaluation_counts_each_target_once(
+    tmp_path: Path, tokens: int, size: int, block: int
+):
+    data = dataset(tmp_path, tokens, shard_tokens=50)
+    whole = np.append(np.arange(tokens - 1), 256)
+    seen = []
+    for ids, mask in eval_batches(data, batch_size=size, block_size=block):
+        assert ids.shape == (size, block + 1)
+        assert ids.dtype == np.int32
+        assert mask.shape == (size, block)
+        assert mask.dtype == bool
+        seen.append(np.stack([ids[:, :-1][mask], ids[:, 1:][mask]]))
+        assert mask.any()
+        assert (ids[:, 1:][~mask] == 0).all()
+    inputs, targets = np.concatenate(seen, axis=1)
+    assert (inputs == whole[:-1]).all()
+    assert (targets == whole[1:]).all()
+
+
+def test_evaluation_stops_at_max_batches(tmp_path: Path):
+    data = dataset(tmp_path, 1000)
+    every = list(eval_batches(data, batch_size=4, block_size=8))
+    assert len(every) == 32
+    some = list(eval_batches(data, batch_size=4, block_size=8, max_batches=3))
+    assert len(some) == 3
+    assert all((a[0] == b[0]).all() for a, b in zip(some, every, strict=False))
+    assert (
+        len(list(eval_batches(data, batch_size=4, block_size=8, max_batches=99))) == 32
+    )
+
+
+def test_bad_inputs_are_refused(tmp_path: Path):
+    data = dataset(tmp_path, 10)
+    good = {"seed": 0, "step": 0, "batch_size": 2, "block_size": 9}
+    assert train_batch(data, **good)[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 256]
+    with pytest.raises(ValueError, match=r"has 10 tokens, fewer than .* \+ 1 = 11"):
+        train_batch(data, **{**good, "block_size": 10})
+    for key, value in {
+        "seed": -1,
+        "step": -1,
+        "batch_size": 0,
+        "block_size": 0,
+    }.items():
+        with pytest.raises(ValueError, match=f"out of range: .*{key}={value}"):
+            train_batch(data, **{**good, key: value})
+    for key in ("batch_size", "block_size", "max_batches"):
+        args = {"batch_size": 2, "block_size": 2, "max_batches": 2, key: 0}
+        with pytest.raises(ValueError, match=f"out of range: .*{key}=0"):
+            eval_batches(data, **args)
+    with pytest.raises(ValueError, match="has no test split, only train"):
+        TokenDataset(tmp_path / "out", "test")
+    with pytest.raises(FileNotFoundError, match="no prepared data"):
+        TokenDataset(tmp_path, "train")
+    single = dataset(tmp_path, 1)
+    with pytest.raises(ValueError, match="has 1 token: no target"):
+        eval_batches(single, batch_size=1, block_size=1)

@@ -1,0 +1,224 @@
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax import checkpoint
+from gpt2_jax.checkpoint import Checkpoints, DamagedCheckpointError, checksums
+from gpt2_jax.model import GPT2
+from gpt2_jax.optim import make_optimizer
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.tokenizer import ByteTokenizer
+from gpt2_jax.train_step import TrainState, abstract_state
+from shapes import TINY
+from test_optim import CFG
+
+OPTIMIZER = make_optimizer(CFG, 100)
+
+
+def a_state(mesh, step, seed=0):
+    """A state of random numbers, spread over the mesh."""
+    rng = np.random.default_rng(seed)
+    abstract = abstract_state(GPT2(TINY), OPTIMIZER, mesh)
+    state = jax.tree.map(
+        lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding),
+        abstract,
+    )
+    at = jax.device_put(np.int32(step), abstract.step.sharding)
+    return TrainState(at, state.params, state.opt_state)
+
+
+def save(folder, *states, keep_last=9, val_losses=None):
+    checkpoints = Checkpoints(folder, keep_last=keep_last)
+    for i, state in enumerate(states):
+        checkpoints.save(
+            state,
+            model=TINY,
+            run={"data": {"path": "x"}, "steps": 7},
+            tokenizer=ByteTokenizer(),
+            val_loss=None if val_losses is None else val_losses[i],
+        )
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    state = a_state(make_mesh(8, 1, 1), 3)
+    save(folder, state)
+    return folder, state
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """A step's folder that a test may damage."""
+    return Path(shutil.copytree(saved[0] / "3", tmp_path / "3"))
+
+
+def restore(folder, mesh):
+    abstract = abstract_state(GPT2(TINY), OPTIMIZER, mesh)
+    return checkpoint.restore(folder, checkpoint.as_tree(abstract))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 1, 1)])
+def test_bits_come_back_on_any_mesh(saved, shape):
+    folder, state = saved
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    back = restore(folder / "3", mesh)
+    expected = checkpoint.as_tree(state)
+    assert jax.tree.structure(back) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, back, expected)
+    assert back["params"]["wpe"]["embedding"].sharding.mesh == mesh
+
+
+def test_parameters_alone(saved):
+    folder, state = saved
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state.params
+    )
+    back = checkpoint.restore(folder / "3", {"params": abstract})
+    assert list(back) == ["params"]
+    jax.tree.map(np.testing.assert_array_equal, back["params"], state.params)
+
+
+def test_the_contract(saved):
+    folder, _ = saved
+    contract = checkpoint.read_contract(folder / "3")
+    assert contract.step == 3
+    assert contract.model == TINY
+    assert contract.run == {"data": {"path": "x"}, "steps": 7}
+    assert contract.tokenizer.encode("aé") == [97, 195, 169]
+
+
+def test_keeps_the_last_ones_and_the_best(tmp_path):
+    mesh = make_mesh(8, 1, 1)
+    states = [a_state(mesh, step) for step in (1, 2, 3, 4, 5)]
+    losses = [3.0, 1.0, 2.0, None, 2.5]
+    save(tmp_path, *states, keep_last=2, val_losses=losses)
+    assert checkpoint.check_steps(tmp_path) == [2, 4, 5]
+    # and after a restart
+    save(tmp_path, a_state(mesh, 6), keep_last=2, val_losses=[0.5])
+    assert checkpoint.check_steps(tmp_path) == [5, 6]
+
+
+def test_a_step_that_is_there_is_left_alone(tmp_path):
+    mesh = make_mesh(8, 1, 1)
+    state = a_state(mesh, 1)
+    save(tmp_path, state)
+    save(tmp_path, a_state(mesh, 1, seed=5))
+    back = restore(tmp_path / "1", mesh)
+    jax.tree.map(np.testing.assert_array_equal, back["params"], state.params)
+
+
+def test_a_step_is_found(saved, tmp_path):
+    folder, _ = saved
+    run = folder.parent
+    assert checkpoint.find_step(run) == folder / "3"
+    assert checkpoint.find_step(run, 3) == folder / "3"
+    assert checkpoint.find_step(folder / "3") == folder / "3"
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 in .*\[3\]"):
+        checkpoint.find_step(run, 4)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.find_step(tmp_path)
+
+
+def test_checksums_see_every_flipped_bit_and_every_swap():
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    expected = checksums({"a": jnp.asarray(x)})["a"]
+    bits = x.view(np.uint32)
+    for i, j in np.ndindex(x.shape):
+        for bit in range(32):
+            flipped = bits.copy()
+            flipped[i, j] ^= np.uint32(1 << bit)
+            assert checksums({"a": flipped})["a"] != expected
+    for other in (x[::-1], x[:, ::-1], np.roll(x, 1), np.zeros_like(x)):
+        assert checksums({"a": jnp.asarray(other)})["a"] != expected
+
+
+def test_checksums_do_not_depend_on_sharding_and_take_all_dtypes():
+    state = a_state(make_mesh(2, 4, 1), 1)
+    alone = jax.tree.map(np.asarray, state.params)
+    assert checksums(state.params) == checksums(alone)
+    for dtype in (jnp.bfloat16, jnp.int32, jnp.bool_):
+        assert checksums(jnp.ones((2, 2), dtype)) != checksums(jnp.zeros((2, 2), dtype))
+
+
+def largest(folder):
+    return max(
+        (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+
+
+def flip_bytes(path):
+    content = bytearray(path.read_bytes())
+    for at in range(len(content) // 2, len(content), len(content) // 8):
+        content[at] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "data cut": lambda f: (p := largest(f / "state")).write_bytes(
+        p.read_bytes()[: p.stat().st_size // 2]
+    ),
+    "data flipped": lambda f: flip_bytes(largest(f / "state")),
+    "data gone": lambda f: largest(f / "state").unlink(),
+    "manifest cut": lambda f: (f / "state/manifest.ocdbt").write_bytes(b"\x0c"),
+    "state metadata cut": lambda f: (f / "state/_METADATA").write_text("{"),
+    "state gone": lambda f: shutil.rmtree(f / "state"),
+    "meta cut": lambda f: (f / "meta/metadata").write_text('{"format"'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named(copy, kind):
+    DAMAGE[kind](copy)
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint .*3 is damaged") as e:
+        restore(copy, make_mesh(8, 1, 1))
+    assert "\n" not in str(e.value)
+
+
+def test_numbers_that_orbax_restores_wrong_are_caught(saved, tmp_path):
+    # Saved whole by Orbax, but not what the checksums were taken of.
+    folder, state = saved
+    wrong = state.params["ln_f"]["bias"].at[3].multiply(1 + 2**-23)
+    params = {**state.params, "ln_f": {**state.params["ln_f"], "bias": wrong}}
+    save(tmp_path, TrainState(state.step, params, state.opt_state))
+    shutil.copy(folder / "3/meta/metadata", tmp_path / "3/meta/metadata")
+    with pytest.raises(
+        DamagedCheckpointError, match="params/ln_f/bias fails its check"
+    ):
+        restore(tmp_path / "3", make_mesh(8, 1, 1))
+
+
+def test_an_altered_contract_or_tokenizer_is_caught(copy):
+    path = copy / "meta/metadata"
+    meta = json.loads(path.read_text())
+    meta["model"]["n_head"] = 2
+    path.write_text(json.dumps(meta))
+    with pytest.raises(DamagedCheckpointError, match="does not match its own hash"):
+        checkpoint.read_contract(copy)
+
+
+def test_a_step_with_a_part_missing_is_named(copy):
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(DamagedCheckpointError, match="no folder 'tokenizer'"):
+        checkpoint.check_steps(copy.parent)
+
+
+def test_a_save_that_was_cut_short_is_no_checkpoint(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "c")
+    shutil.copytree(saved[0] / "3", tmp_path / "c/9.orbax-checkpoint-tmp")
+    assert checkpoint.check_steps(tmp_path / "c") == [3]
+    checkpoints = Checkpoints(tmp_path / "c", keep_last=1)
+    assert checkpoints.latest_step() == 3
+    checkpoints.close()
+
+
+def test_keep_last_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="keep_last=0 must be >= 1"):
+        Checkpoints(tmp_path, keep_last=0)

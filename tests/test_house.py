@@ -1,0 +1,203 @@
+"""The shape of the house: who imports whom, and what stays outside."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Top to bottom: a file imports from lines below its own, never from above.
+# __init__ is what `import gpt2_jax` gives; data is data/__init__.py, which is empty.
+HOUSE = [
+    "cli",
+    "__init__",
+    "lm",
+    "train",
+    "evaluate",
+    "train_step",
+    "generate",
+    "sampling",
+    "checkpoint",
+    "data.loader",
+    "data.prepare",
+    "data.sources",
+    "tokenizer",
+    "optim",
+    "metrics",
+    "sharding",
+    "model",
+    "attention",
+    "losses",
+    "cache",
+    "config",
+    "data",
+]
+
+
+def files_of(folder: str) -> dict[str, Path]:
+    """Dotted name -> file, a package's __init__.py under the package's name."""
+    files = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT / folder).with_suffix("").parts
+        if len(parts) > 1 and parts[-1] == "__init__":
+            parts = parts[:-1]
+        files[".".join(parts)] = path
+    return files
+
+
+LIBRARY = files_of("gpt2_jax")
+
+
+def imports(source: str, *, in_functions: bool = True) -> Iterator[str]:
+    """What a file imports: `import a.b` gives a.b, `from a import b` gives a.b too.
+
+    Raises:
+      ValueError: on a relative import; the house has none.
+    """
+    stack: list[ast.AST] = [ast.parse(source)]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"line {node.lineno}: relative import")
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        if in_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            stack.extend(ast.iter_child_nodes(node))
+
+
+def is_of(imported: str, package: str) -> bool:
+    return f"{imported}.".startswith(f"{package}.")
+
+
+def lines_of_the_house(source: str) -> set[str]:
+    """The lines of the house that a file imports from."""
+    lines = set()
+    for imported in imports(source):
+        if is_of(imported, "gpt2_jax"):
+            inner = imported.removeprefix("gpt2_jax").removeprefix(".")
+            # gpt2_jax.data.loader.TokenDataset is of data.loader, not of data.
+            found = [line for line in HOUSE if is_of(inner, line)]
+            lines.add(max(found, key=len, default="__init__"))
+    return lines
+
+
+def upward_imports(line: str, source: str) -> list[str]:
+    below = HOUSE[HOUSE.index(line) + 1 :]
+    return sorted(lines_of_the_house(source).difference(below))
+
+
+def importers_of(package: str, files: dict[str, Path], **kwargs: bool) -> list[str]:
+    return [
+        name
+        for name, path in files.items()
+        if any(is_of(i, package) for i in imports(path.read_text(), **kwargs))
+    ]
+
+
+def test_every_file_has_its_line():
+    assert sorted(LIBRARY) == sorted(HOUSE)
+
+
+@pytest.mark.parametrize("line", HOUSE)
+def test_imports_point_downward(line):
+    assert upward_imports(line, LIBRARY[line].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "source", "expected"),
+    [
+        ("model", "from gpt2_jax.cache import KVCache", []),
+        ("model", "from gpt2_jax import cache, config", []),
+        ("model", "import gpt2_jax.train", ["train"]),
+        ("model", "from gpt2_jax.train import train", ["train"]),
+        ("model", "from gpt2_jax import cache, train", ["train"]),
+        ("model", "from gpt2_jax.model import GPT2", ["model"]),
+        ("model", "def f():\n    from gpt2_jax import lm", ["lm"]),
+        ("model", "if TYPE_CHECKING:\n    from gpt2_jax import lm", ["lm"]),
+        ("model", "class C:\n    async def f():\n        import gpt2_jax.lm", ["lm"]),
+        ("model", "import gpt2_jax", ["__init__"]),
+        ("model", "from gpt2_jax import GPT2", ["__init__"]),
+        ("model", "import gpt2_jaxlike, optax", []),
+        ("train", "from gpt2_jax.train_step import train_step", []),
+        ("train_step", "from gpt2_jax.train import train", ["train"]),
+        ("data.loader", "from gpt2_jax.data.prepare import load_index", []),
+        ("data.prepare", "from gpt2_jax.data import loader, sources", ["data.loader"]),
+        ("data.sources", "import gpt2_jax.data.prepare as p", ["data.prepare"]),
+        ("data", "from gpt2_jax.config import GPT2Config", ["config"]),
+    ],
+)
+def test_upward_imports_are_found(line, source, expected):
+    assert upward_imports(line, source) == expected
+
+
+def test_relative_imports_are_found():
+    with pytest.raises(ValueError, match="line 2: relative import"):
+        list(imports("import jax\nfrom . import train"))
+
+
+def test_only_the_model_knows_linen():
+    assert importers_of("flax.linen", LIBRARY) == ["model"]
+
+
+@pytest.mark.parametrize(
+    "package", ["torch", "transformers", "tensorflow", "ml_collections"]
+)
+def test_library_does_without(package):
+    assert importers_of(package, LIBRARY) == []
+
+
+@pytest.mark.parametrize("package", ["tensorboardX", "matplotlib"])
+def test_imported_where_it_is_used_only(package):
+    assert importers_of(package, LIBRARY) == ["metrics"]
+    assert importers_of(package, LIBRARY, in_functions=False) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "everywhere", "at_the_top"),
+    [
+        ("import flax.linen as nn", True, True),
+        ("from flax import linen as nn", True, True),
+        ("from flax.linen import Module", True, True),
+        ("try:\n    import flax.linen\nexcept ImportError:\n    pass", True, True),
+        ("class C:\n    import flax.linen", True, True),
+        ("class C:\n    def f(self):\n        import flax.linen", True, False),
+        ("import flax.struct", False, False),
+        ("import flax.linens", False, False),
+    ],
+)
+def test_imports_are_found(tmp_path, source, everywhere, at_the_top):
+    path = tmp_path / "file.py"
+    path.write_text(source)
+    files = {"file": path}
+    assert importers_of("flax.linen", files) == ["file"] * everywhere
+    found = importers_of("flax.linen", files, in_functions=False)
+    assert found == ["file"] * at_the_top
+
+
+@pytest.mark.parametrize("path", files_of("scripts").values(), ids=lambda p: p.name)
+def test_scripts_are_thin(path):
+    assert len(path.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize(
+    "folder", ["gpt2_jax", "scripts", "configs", "tests", "benchmarks"]
+)
+def test_no_file_of_odds_and_ends(folder):
+    names = {path.name for path in files_of(folder).values()}
+    assert names.isdisjoint({"utils.py", "util.py", "common.py", "helpers.py"})
+
+
+@pytest.mark.parametrize("name", files_of("configs"))
+def test_configs_say_how_to_run_them(name):
+    tree = ast.parse((ROOT / f"configs/{name}.py").read_text())
+    functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+    assert "get_config" in functions
+    named = re.findall(r"--config=configs/(\w+)\.py", ast.get_docstring(tree) or "")
+    # The default alone is no run: it shows how any config is run.
+    assert named
+    assert set(named) == {"NAME" if name == "default" else name}

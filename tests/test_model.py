@@ -1,0 +1,221 @@
+import dataclasses
+import functools
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax.cache import KVCache
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.losses import cross_entropy
+from gpt2_jax.model import GPT2, abstract_params, count_params, dtype_named, init
+from shapes import TINY
+
+TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 64))
+
+
+def reference_logits(cfg: GPT2Config, params, tokens):
+    """GPT-2 written out in float64, independently of the model under test."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, w):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.layer_norm_epsilon)
+        return x * w["scale"] + w["bias"]
+
+    D, H, T = cfg.n_embd, cfg.n_head, tokens.shape[1]
+    x = p["wte"]["embedding"][tokens] + p["wpe"]["embedding"][:T]
+    for i in range(cfg.n_layer):
+        h = p[f"h_{i}"]
+        attn, mlp = h["attn"], h["mlp"]
+        qkv = norm(x, h["ln_1"]) @ attn["c_attn"]["kernel"].reshape(D, 3 * D)
+        q, k, v = np.split(qkv + attn["c_attn"]["bias"], 3, axis=-1)
+        q, k, v = (
+            y.reshape(*y.shape[:2], H, -1).transpose(0, 2, 1, 3) for y in (q, k, v)
+        )
+        s = q @ k.transpose(0, 1, 3, 2) / math.sqrt(D // H)
+        s = np.where(np.tril(np.ones((T, T), bool)), s, -np.inf)
+        s = np.exp(s - s.max(-1, keepdims=True))
+        a = (s / s.sum(-1, keepdims=True)) @ v
+        a = a.transpose(0, 2, 1, 3).reshape(x.shape)
+        x = x + a @ attn["c_proj"]["kernel"].reshape(D, D) + attn["c_proj"]["bias"]
+        u = norm(x, h["ln_2"]) @ mlp["c_fc"]["kernel"] + mlp["c_fc"]["bias"]
+        u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        x = x + u @ mlp["c_proj"]["kernel"] + mlp["c_proj"]["bias"]
+    return norm(x, p["ln_f"]) @ p["wte"]["embedding"].T
+
+
+def test_logits_equal_the_reference(tiny):
+    model, params = tiny
+    logits, cache = jax.jit(model.apply)({"params": params}, TOKENS)
+    assert cache is None
+    assert logits.dtype == jnp.float32
+    expected = reference_logits(TINY, params, TOKENS)
+    # float32 against float64, logits of size 5
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_without_biases_it_is_the_same_function_of_zero_biases(tiny):
+    _, params = tiny
+    cfg = dataclasses.replace(TINY, bias=False)
+    kept = abstract_params(cfg)
+
+    def zeroed(path, x):
+        return 0 * x if "bias" in jax.tree_util.keystr(path) else x
+
+    params = jax.tree_util.tree_map_with_path(zeroed, params)
+    expected = reference_logits(TINY, params, TOKENS)
+    alone = jax.tree_util.tree_map_with_path(
+        lambda path, _: functools.reduce(lambda t, k: t[k.key], path, params), kept
+    )
+    assert len(jax.tree.leaves(alone)) == 2 + 1 + 6 * TINY.n_layer
+    logits, _ = jax.jit(GPT2(cfg).apply)({"params": alone}, TOKENS)
+    # float32 against float64, logits of size 5
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "tensors"),
+    [
+        ("gpt2", 124_439_808, 148),
+        ("gpt2-medium", 354_823_168, 292),
+        ("gpt2-large", 774_030_080, 436),
+        ("gpt2-xl", 1_557_611_200, 580),
+    ],
+)
+def test_parameter_counts_of_the_four_sizes(name, count, tensors):
+    params = abstract_params(GPT2Config.named(name))
+    assert count_params(params) == count
+    assert len(jax.tree.leaves(params)) == tensors
+
+
+def test_init_statistics():
+    cfg = dataclasses.replace(TINY, n_embd=256, vocab_size=500, n_layer=2)
+    params = jax.jit(partial(init, GPT2(cfg)))(jax.random.key(0))
+    stds = jax.tree.map(np.std, params)
+    # at least 16,384 draws each: 3 deviations of a sample's std are under 2%
+    for drawn in (
+        stds["wte"]["embedding"],
+        stds["wpe"]["embedding"],
+        stds["h_0"]["attn"]["c_attn"]["kernel"],
+        stds["h_1"]["mlp"]["c_fc"]["kernel"],
+    ):
+        assert drawn == pytest.approx(0.02, rel=0.02)
+    for part in ("attn", "mlp"):
+        drawn = stds["h_1"][part]["c_proj"]["kernel"]
+        assert drawn == pytest.approx(0.02 / math.sqrt(2 * 2), rel=0.02)
+    for name, x in jax.tree_util.tree_leaves_with_path(params):
+        key = jax.tree_util.keystr(name)
+        if "bias" in key:
+            assert not x.any()
+        if "scale" in key:
+            assert (x == 1).all()
+
+
+@pytest.mark.parametrize(("vocab_size", "n_embd"), [(66, 128), (2048, 192)])
+def test_initial_loss_is_near_that_of_chance(vocab_size, n_embd):
+    cfg = dataclasses.replace(TINY, vocab_size=vocab_size, n_embd=n_embd, n_layer=4)
+    assert _initial_loss(cfg) == pytest.approx(math.log(vocab_size), abs=0.1)
+
+
+@pytest.mark.slow
+def test_initial_loss_of_124m():
+    # Logits of unit-norm features and N(0, 0.02) embeddings have a variance of
+    # 0.02**2 * n_embd, of which the mean log-sum-exp takes a half.
+    expected = math.log(50257) + 0.02**2 * 768 / 2
+    assert _initial_loss(GPT2Config(embd_pdrop=0)) == pytest.approx(expected, abs=0.05)
+
+
+def _initial_loss(cfg: GPT2Config) -> float:
+    model = GPT2(cfg)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, cfg.vocab_size, (4, min(257, cfg.n_positions + 1)))
+    params = jax.jit(partial(init, model))(jax.random.key(0))
+    logits, _ = jax.jit(model.apply)({"params": params}, tokens[:, :-1])
+    return float(cross_entropy(logits, tokens[:, 1:]).mean())
+
+
+def test_no_output_depends_on_a_later_input(tiny):
+    model, params = tiny
+    T = 12
+
+    def logits_of(wte_TD):
+        # the gradient with respect to each input's own embedding
+        table = jnp.concatenate([wte_TD, jnp.zeros((TINY.vocab_size - T, 32))])
+        p = {**params, "wte": {"embedding": table}}
+        hidden, _ = model.apply({"params": p}, jnp.arange(T)[None], method="hidden")
+        return hidden[0].sum(-1)  # [T]
+
+    jacobian = jax.jit(jax.jacrev(logits_of))(params["wte"]["embedding"][:T])
+    for t in range(T):
+        assert not jacobian[t, t + 1 :].any()  # exactly zero
+        assert jnp.abs(jacobian[t, : t + 1]).max(-1).min() > 1e-6
+
+
+def test_scanned_layers_are_the_same_function(tiny):
+    _, params = tiny
+    dropping = dataclasses.replace(
+        TINY, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1
+    )
+    loop, scan = (
+        jax.jit(partial(model.apply, deterministic=False))(
+            {"params": params}, TOKENS, rngs={"dropout": jax.random.key(3)}
+        )[0]
+        for model in (GPT2(dropping), GPT2(dropping, scan_layers=True))
+    )
+    # the same sums in another order, logits of size 5
+    np.testing.assert_allclose(loop, scan, atol=2e-5)
+    scanned = jax.eval_shape(
+        partial(init, GPT2(TINY, scan_layers=True)), jax.random.key(0)
+    )
+    assert jax.tree.structure(scanned) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("place", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
+def test_dropout_at_each_of_its_places(tiny, place):
+    _, params = tiny
+    cfg = dataclasses.replace(TINY, n_layer=1, **{place: 0.5})
+    apply = jax.jit(GPT2(cfg).apply, static_argnames="deterministic")
+
+    def run(key, deterministic=False):
+        rngs = {"dropout": jax.random.key(key)}
+        return apply({"params": params}, TOKENS, deterministic=deterministic, rngs=rngs)
+
+    assert (run(0)[0] == run(0)[0]).all()
+    assert (run(0)[0] != run(1)[0]).any()
+    plain = dataclasses.replace(TINY, n_layer=1)
+    expected = reference_logits(plain, params, TOKENS)
+    # float32 against float64, logits of size 5
+    np.testing.assert_allclose(run(0, deterministic=True)[0], expected, atol=2e-5)
+
+
+def test_compute_dtype_is_apart_from_parameter_dtype(tiny):
+    _, params = tiny
+    model, args = GPT2(TINY, dtype=jnp.bfloat16), ({"params": params}, TOKENS)
+    hidden = jax.eval_shape(partial(model.apply, method="hidden"), *args)[0]
+    assert hidden.dtype == jnp.bfloat16
+    logits, _ = jax.jit(model.apply)(*args)
+    assert logits.dtype == jnp.float32
+    fresh = jax.eval_shape(partial(init, model), jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    exact = reference_logits(TINY, params, TOKENS)
+    # bfloat16 has 8 bits: about 1% of logits whose spread is about 2
+    assert float(jnp.abs(logits - exact).mean()) < 0.05
+
+
+def test_too_many_tokens_are_refused(tiny):
+    model, params = tiny
+    with pytest.raises(ValueError, match="T=65 tokens exceed n_positions=64"):
+        model.apply({"params": params}, np.zeros((1, 65), np.int32))
+    cache = KVCache.empty(TINY, 1, 8, jnp.float32)
+    with pytest.raises(ValueError, match="T=9 tokens exceed the cache size=8"):
+        model.apply({"params": params}, np.zeros((1, 9), np.int32), cache)
+
+
+def test_dtype_names():
+    assert dtype_named("bfloat16") == jnp.bfloat16
+    with pytest.raises(ValueError, match="dtype 'fp16' is not one of float32"):
+        dtype_named("fp16")

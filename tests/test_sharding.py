@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.model import GPT2, abstract_params
+from gpt2_jax.optim import make_optimizer
+from gpt2_jax.sharding import batch_sharding, make_mesh, n_batch_shards, tree_shardings
+from gpt2_jax.train_step import abstract_state
+from shapes import TINY
+from test_optim import CFG
+
+
+def test_mesh_axes_and_what_is_left():
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    one = make_mesh(devices=jax.devices()[:1])
+    assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (-1, 3, 1), (16, 1, 1), (2, 2, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(shape):
+    with pytest.raises(ValueError, match="does not fit the 8 devices"):
+        make_mesh(*shape)
+
+
+@pytest.mark.parametrize("shape", [(-1, -1, 1), (0, 1, 1), (-2, 1, 1)])
+def test_impossible_axes_are_refused(shape):
+    with pytest.raises(ValueError, match="axes are >= 1, and at most one is -1"):
+        make_mesh(*shape)
+
+
+def test_each_parameter_has_one_rule_and_moments_follow():
+    cfg = TINY.from_dict({**TINY.__dict__, "vocab_size": 64})
+    mesh = make_mesh(2, 2, 2)
+    state = abstract_state(GPT2(cfg), make_optimizer(CFG, 100), mesh)
+    assert state.step.sharding.spec == P()
+    specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
+    assert specs["wte"]["embedding"] == P("tensor", "fsdp")
+    assert specs["h_0"]["attn"]["c_attn"]["kernel"] == P("fsdp", None, "tensor", None)
+    assert specs["h_2"]["mlp"]["c_proj"]["kernel"] == P("tensor", "fsdp")
+    assert specs["h_1"]["ln_1"]["scale"] == P()
+    by_path = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
+    moments = [p for p in by_path if p.endswith("h_1/mlp/c_fc/kernel")]
+    assert len(moments) == 2
+    for path in moments:
+        assert by_path[path].sharding.spec == P("fsdp", "tensor")
+
+
+def test_a_parameter_that_no_rule_or_two_match_is_refused(monkeypatch):
+    mesh = make_mesh()
+    with pytest.raises(ValueError, match="0 partition rules match the parameter 'w/k'"):
+        tree_shardings({"w": {"k": jnp.zeros((2, 2))}}, mesh)
+    from gpt2_jax import sharding
+
+    monkeypatch.setattr(sharding, "RULES", sharding.RULES * 2)
+    with pytest.raises(ValueError, match="2 partition rules match"):
+        tree_shardings(abstract_params(TINY), mesh)
+
+
+def test_an_axis_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="wte/embedding has a dimension of 61"):
+        tree_shardings(abstract_params(TINY), make_mesh(4, 1, 2))
+
+
+def test_batches_spread_over_data_and_fsdp():
+    mesh = make_mesh(2, 2, 2)
+    assert n_batch_shards(mesh) == 4
+    assert batch_sharding(mesh, 3, 1).spec == P(None, ("data", "fsdp"), None)

@@ -1,0 +1,142 @@
+import dataclasses
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax import sharding
+from gpt2_jax.losses import cross_entropy
+from gpt2_jax.model import GPT2
+from gpt2_jax.optim import make_optimizer
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train_step import (
+    TrainState,
+    eval_step,
+    gradients,
+    init_state,
+    train_step,
+)
+from shapes import TINY
+from test_optim import CFG
+
+SMALL = dataclasses.replace(TINY, vocab_size=64, n_positions=16, n_layer=1)
+RNG = np.random.default_rng(0)
+
+
+@lru_cache
+def compiled(cfg):
+    """A fresh state on one device, and the jitted step."""
+    model, optimizer = GPT2(cfg), make_optimizer(CFG, 100)
+    state = init_state(model, optimizer, make_mesh(devices=jax.devices()[:1]), 0)
+    step = partial(train_step, model=model, optimizer=optimizer, seed=0)
+    return state, jax.jit(step)
+
+
+def losses(mesh, cfg, batches):
+    state, step = compiled(cfg)
+    state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+    spread = sharding.batch_sharding(mesh, ndim=3, axis=1)
+    out = []
+    for tokens in batches:
+        state, metrics = step(state, jax.device_put(tokens, spread))
+        out.append(float(metrics["loss"]))
+    return np.array(out), state
+
+
+def test_eight_devices_equal_one():
+    # a text that can be learned, so that the losses move
+    batches = (RNG.integers(0, 4, (20, 1, 8, 17)) * 16).astype(np.int32)
+    one, _ = losses(make_mesh(devices=jax.devices()[:1]), SMALL, batches)
+    assert one[0] - one[-1] > 0.5  # it learns
+    for shape in [(8, 1, 1), (2, 2, 2)]:
+        many, state = losses(make_mesh(*shape), SMALL, batches)
+        np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+    kernel = state.params["h_0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_accumulation_does_not_change_the_gradient(tiny):
+    model, params = tiny
+    tokens = RNG.integers(0, TINY.vocab_size, (8, 33))
+    mask = RNG.random((8, 32)) < RNG.random((8, 1))  # ragged
+    grad = jax.jit(partial(gradients, model=model))
+
+    def split(accumulation):
+        shape = (accumulation, 8 // accumulation)
+        return tokens.reshape(*shape, 33), mask.reshape(*shape, 32)
+
+    loss, expected = grad(params, *split(1))
+    nll = cross_entropy(
+        model.apply({"params": params}, tokens[:, :-1])[0], tokens[:, 1:]
+    )
+    assert float(loss) == pytest.approx(float(nll[mask].mean()), rel=1e-6)
+    for accumulation in (2, 4):
+        other, grads = grad(params, *split(accumulation))
+        assert float(other) == pytest.approx(float(loss), rel=1e-6)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=0, atol=1e-6), grads, expected
+        )
+
+
+def test_no_mask_is_a_mask_of_ones(tiny):
+    model, params = tiny
+    tokens = RNG.integers(0, TINY.vocab_size, (2, 2, 9))
+    loss, _ = gradients(params, tokens, None, model=model)
+    masked_loss, _ = gradients(params, tokens, np.ones((2, 2, 8), bool), model=model)
+    assert float(loss) == pytest.approx(float(masked_loss), rel=1e-6)
+
+
+def test_step_metrics_and_dropout_by_step():
+    cfg = dataclasses.replace(SMALL, resid_pdrop=0.3)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    batch = RNG.integers(0, 64, (1, 4, 17)).astype(np.int32)
+    first, state = losses(mesh, cfg, [batch] * 3)
+    again, _ = losses(mesh, cfg, [batch] * 3)
+    np.testing.assert_array_equal(first, again)  # dropout is a function of the step
+    fresh, step = compiled(cfg)
+    later = TrainState(fresh.step + 1, fresh.params, fresh.opt_state)
+    at = [float(step(s, batch)[1]["loss"]) for s in (fresh, later)]
+    assert at[0] != at[1]  # and of nothing else
+    assert int(state.step) == 3
+
+
+def test_gradient_norm_is_that_before_clipping():
+    state, step = compiled(SMALL)
+    params = jax.tree.map(lambda x: 5 * x, state.params)
+    tokens = RNG.integers(0, 64, (1, 8, 17)).astype(np.int32)
+    _, metrics = step(TrainState(state.step, params, state.opt_state), tokens)
+    _, grads = gradients(params, tokens, None, model=GPT2(SMALL))
+    norm = np.sqrt(
+        sum((np.asarray(g, float) ** 2).sum() for g in jax.tree.leaves(grads))
+    )
+    assert norm > 1
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+
+
+def test_eval_step_sums_over_the_mask(tiny):
+    model, params = tiny
+    tokens = RNG.integers(0, TINY.vocab_size, (3, 9))
+    mask = RNG.random((3, 8)) < 0.5
+    total, count = eval_step(params, tokens, mask, model=model)
+    logits, _ = model.apply({"params": params}, tokens[:, :-1])
+    expected = np.asarray(cross_entropy(logits, tokens[:, 1:]))[mask].sum()
+    assert int(count) == mask.sum()
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_bfloat16_computes_near_float32(tiny):
+    _, params = tiny
+    tokens = RNG.integers(0, TINY.vocab_size, (1, 4, 33))
+    results = [
+        jax.jit(partial(gradients, model=GPT2(TINY, dtype=dtype)))(params, tokens, None)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    (loss, grads), (low_loss, low_grads) = results
+    # 8 bits of mantissa through three layers
+    assert float(low_loss) == pytest.approx(float(loss), rel=0.02)
+    for g, low in zip(jax.tree.leaves(grads), jax.tree.leaves(low_grads), strict=True):
+        assert low.dtype == jnp.float32
+        cosine = float((g * low).sum() / (jnp.linalg.norm(g) * jnp.linalg.norm(low)))
+        assert cosine > 0.98
