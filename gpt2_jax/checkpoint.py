@@ -282,9 +282,7 @@ def _restore(step_folder: Path, item: str, args: Any) -> Any:
     unraisable = sys.unraisablehook
 
     def hook(complaint: Any) -> None:
-        # When one read fails, Orbax closes its event loop under the others, and
-        # each of them complains on stderr, now or later.
-        if str(complaint.exc_value) != "Event loop is closed":
+        if not _left_behind(complaint):
             unraisable(complaint)
 
     sys.unraisablehook = hook
@@ -298,3 +296,20 @@ def _restore(step_folder: Path, item: str, args: Any) -> Any:
     sys.unraisablehook = unraisable
     asyncio_logger.disabled = False
     return restored
+
+
+def _left_behind(complaint: Any) -> bool:
+    """Whether an unraisable exception comes from a read that Orbax gave up.
+
+    When one read fails, Orbax closes the event loop under the others; each of them
+    complains when it ends or is collected, before or after the error is reported.
+    """
+    if str(complaint.exc_value) == "Event loop is closed":
+        return True
+    coroutine = getattr(complaint.object, "cr_code", None)
+    files = [] if coroutine is None else [coroutine.co_filename]
+    traceback = complaint.exc_traceback
+    while traceback is not None:
+        files.append(traceback.tb_frame.f_code.co_filename)
+        traceback = traceback.tb_next
+    return any("orbax" in Path(file).parts for file in files)

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -148,25 +149,25 @@ def test_checksums_do_not_depend_on_sharding_and_take_all_dtypes():
         assert checksums(jnp.ones((2, 2), dtype)) != checksums(jnp.zeros((2, 2), dtype))
 
 
-def largest(folder):
-    return max(
-        (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
+def each_data_file(change):
+    def damage(step):
+        for path in (step / "state").glob("**/d/*"):
+            change(path)
+
+    return damage
 
 
-def flip_bytes(path):
+def flip_bits(path):
     content = bytearray(path.read_bytes())
-    for at in range(len(content) // 2, len(content), len(content) // 8):
+    for at in range(len(content) // 2, len(content), max(len(content) // 8, 1)):
         content[at] ^= 4
     path.write_bytes(content)
 
 
 DAMAGE = {
-    "data cut": lambda f: (p := largest(f / "state")).write_bytes(
-        p.read_bytes()[: p.stat().st_size // 2]
-    ),
-    "data flipped": lambda f: flip_bytes(largest(f / "state")),
-    "data gone": lambda f: largest(f / "state").unlink(),
+    "data cut": each_data_file(lambda p: os.truncate(p, p.stat().st_size // 2)),
+    "data flipped": each_data_file(flip_bits),
+    "data gone": each_data_file(Path.unlink),
     "manifest cut": lambda f: (f / "state/manifest.ocdbt").write_bytes(b"\x0c"),
     "state metadata cut": lambda f: (f / "state/_METADATA").write_text("{"),
     "state gone": lambda f: shutil.rmtree(f / "state"),
