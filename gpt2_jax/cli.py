@@ -18,8 +18,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     The library says what is wrong with a ValueError or an OSError whose message
     names the value and the limit; anything else is a bug and shows its traceback.
     """
-    # Config files import configs.default, wherever the program is started from.
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    # Config files import configs.default, which lies beside scripts/, wherever the
+    # program is started from and gpt2_jax is installed.
+    sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 
