@@ -511,11 +511,12 @@ def keep_freed_memory() -> None:
     XLA on CPU allocates and frees its temporaries each step, and with the default
     thresholds it spends a quarter of a small model's step in page faults.
     """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # from glibc's malloc.h
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, (1 << 31) - 1)
+        mallopt(m_top_pad, 1 << 26)  # what threads' arenas go by instead
 
 
 def plain(cfg: TrainConfig) -> dict[str, Any]:

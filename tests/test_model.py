@@ -11,7 +11,14 @@ import pytest
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.losses import cross_entropy
-from gpt2_jax.model import GPT2, abstract_params, count_params, dtype_named, init
+from gpt2_jax.model import (
+    GPT2,
+    abstract_params,
+    count_params,
+    dtype_named,
+    init,
+    project,
+)
 from shapes import TINY
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 64))
@@ -219,3 +226,18 @@ def test_dtype_names():
     assert dtype_named("bfloat16") == jnp.bfloat16
     with pytest.raises(ValueError, match="dtype 'fp16' is not one of float32"):
         dtype_named("fp16")
+
+
+@pytest.mark.parametrize(
+    ("n_in", "kernel"), [(1, (6, 3, 4)), (2, (3, 4, 6)), (1, (9, 2))]
+)
+def test_the_gradient_of_a_projection_is_the_usual_one(n_in, kernel):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, *kernel[:n_in])).astype(np.float32)
+    kernel = rng.normal(size=kernel).astype(np.float32)
+    dy = rng.normal(size=(2, 5, *kernel.shape[n_in:])).astype(np.float32)
+    y, backward = jax.vjp(lambda x, k: project(x, k, n_in), x, kernel)
+    usual, usual_backward = jax.vjp(lambda x, k: jnp.tensordot(x, k, n_in), x, kernel)
+    np.testing.assert_allclose(y, usual, rtol=1e-6, atol=1e-6)  # rounding
+    for got, expected in zip(backward(dy), usual_backward(dy), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)  # rounding
