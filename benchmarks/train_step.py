@@ -45,11 +45,8 @@ optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
 
 def batch():
     starts = torch.randint(len(data) - 64, (12,))
-    x = torch.stack([torch.from_numpy(data[i : i + 64].astype(np.int64)) for i in starts])
-    y = torch.stack(
-        [torch.from_numpy(data[i + 1 : i + 65].astype(np.int64)) for i in starts]
-    )
-    return x, y
+    x = torch.stack([torch.from_numpy(data[i : i + 65].astype(int)) for i in starts])
+    return x[:, :-1], x[:, 1:].contiguous()
 
 seconds = []
 for step in range(int(sys.argv[2])):

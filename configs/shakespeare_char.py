@@ -3,8 +3,8 @@
 Command:  python scripts/train.py --config=configs/shakespeare_char.py
           --config.data.path=tinyshakespeare.txt --workdir=runs/shakespeare_char
 Hardware: 2 CPU cores.
-Time:     about 3 minutes.
-Loss:     1.805 over the whole validation split, mean of three seeds.
+Time:     about a minute.
+Loss:     1.804 over the whole validation split, mean of three seeds.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -354,8 +353,9 @@ class _Run:
             self._recent.append(now - self._clock)
         self._clock = now
         self._bar.update(step - self._bar.n)
+        shown = {"loss": values["loss"], "val": self.val_loss}
         self._bar.set_postfix(
-            loss=f"{values['loss']:.3f}", val=f"{self.val_loss or math.nan:.3f}"
+            {k: f"{x:.3f}" for k, x in shown.items() if x is not None}
         )
         if step % self.cfg.log_every and step != self.cfg.steps:
             return

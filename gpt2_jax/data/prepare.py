@@ -465,6 +465,8 @@ def prepared_folder(
     if (out / "index.json").is_file():
         found = load_index(out).source
         for name, value in source.items():
+            if path is None and name in ("bytes", "documents"):
+                continue  # Python's own text changes with its version
             if found.get(name) != value:
                 raise ValueError(
                     f"{out} was prepared with {name}={found.get(name)}, this run asks "
