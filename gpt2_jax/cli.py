@@ -1,5 +1,6 @@
 """The door of the scripts: flags in, one clear line out when the input is bad."""
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -47,6 +48,9 @@ def _parse(argv: list[str]) -> list[str]:
             raise
         if isinstance(error, AttributeError):
             error = flags.Error(f"a config key does not exist: {error}")
+        missing = re.search(r"No such file or directory: '(.*?)'", str(error))
+        if missing:
+            error = flags.Error(f"no such config file: {missing[1]}")
         sys.exit(_fail(error))
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs each save in 40 lines

@@ -49,7 +49,7 @@ def finished(text, tmp_path_factory) -> Path:
         (["--workdir=/proc/run"], "/proc/run"),
         (["--no_such_flag"], "Unknown command line flag 'no_such_flag'"),
         (["stray"], "unexpected argument 'stray'"),
-        (["--config=no_such_config.py"], "no_such_config.py"),
+        (["--config=no_such_config.py"], "no such config file: no_such_config.py"),
     ],
 )
 def test_bad_training_flags(text, tmp_path, flags, message):
