@@ -48,9 +48,6 @@ def _parse(argv: list[str]) -> list[str]:
             raise
         if isinstance(error, AttributeError):
             error = flags.Error(f"a config key does not exist: {error}")
-        missing = re.search(r"No such file or directory: '(.*?)'", str(error))
-        if missing:
-            error = flags.Error(f"no such config file: {missing[1]}")
         sys.exit(_fail(error))
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs each save in 40 lines
@@ -61,5 +58,11 @@ def _fail(error: Exception) -> int:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.strerror}: {error.filename}"
+    # ml_collections says so in four lines, at once or when the config is first used.
+    missing = re.search(
+        r"loading config file.*No such file or .*?: '(.*?)'", text, re.S
+    )
+    if missing:
+        text = f"no such config file: {missing[1]}"
     print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
     return 2

@@ -65,6 +65,8 @@ def test_an_empty_corpus(tmp_path):
 
 
 def test_missing_flags(tmp_path):
+    error = refused("train.py", "--config=no_such.py", f"--workdir={tmp_path}")
+    assert error == "error: no such config file: no_such.py"
     assert "--workdir" in refused("train.py", TINY_RUN[0])
     assert "--config" in refused("train.py", f"--workdir={tmp_path}")
 
