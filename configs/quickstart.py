@@ -13,7 +13,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     c = default.get_config()
-    c.steps = 350
+    c.steps = 600
     c.batch_size = 16
     c.block_size = 128
     c.model.n_positions = 128
@@ -25,5 +25,5 @@ def get_config() -> ConfigDict:
     c.optim.min_learning_rate = 2e-4
     c.optim.warmup_steps = 50
     c.eval.every = 50
-    c.checkpoint.every = 150
+    c.checkpoint.every = 200
     return c
