@@ -3,7 +3,7 @@
 Command:  python scripts/train.py --config=configs/quickstart.py --workdir=runs/mine
 Hardware: 2 CPU cores.
 Time:     about 2 minutes.
-Loss:     5.15 on the validation split.
+Loss:     4.77 on the validation split.
 """
 
 from ml_collections import ConfigDict
