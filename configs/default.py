@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
     m.n_head = 4
     m.n_inner = config_dict.placeholder(int)  # MLP width; None: 4 * n_embd
     m.bias = True  # in linears and LayerNorms
+    m.activation_function = "gelu_new"  # GPT-2's; nanoGPT's is gelu
+    m.scale_attn_weights = True  # scores times 1 / sqrt(head_dim)
+    m.scale_attn_by_inverse_layer_idx = False  # and times 1 / (layer + 1)
     m.layer_norm_epsilon = 1e-5
     m.initializer_range = 0.02
     m.embd_pdrop = 0.0

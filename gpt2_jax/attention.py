@@ -10,29 +10,28 @@ def causal_attention(
     v_BSHK: jax.Array,
     positions_BT: jax.Array,
     *,
+    scale: jax.Array | float,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, a query at position p seeing keys 0 .. p.
+    """softmax(scale q k^T) v, a query at position p seeing keys 0 .. p.
 
     Args:
       q_BTHK: queries of T tokens.
       k_BSHK, v_BSHK: keys and values; key s is the token at position s.
       positions_BT: int32 position of each query ([1, T] serves all rows).
+      scale: of the scores; GPT-2's is 1 / sqrt(K).
       dropout_rate: on the probabilities, when a `dropout_key` is given.
 
     Returns:
       [B, T, H, K] in the dtype of v. Scores and softmax are in float32. The mask
       is finite, and every query sees at least key 0, so no row is ever NaN.
     """
-    head_dim = q_BTHK.shape[-1]
     s_BHTS = jnp.einsum(
         "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
     )
     seen_BTS = jnp.arange(k_BSHK.shape[1]) <= positions_BT[:, :, None]
-    s_BHTS = jnp.where(
-        seen_BTS[:, None], s_BHTS * head_dim**-0.5, jnp.finfo(jnp.float32).min
-    )
+    s_BHTS = jnp.where(seen_BTS[:, None], s_BHTS * scale, jnp.finfo(jnp.float32).min)
     p_BHTS = jax.nn.softmax(s_BHTS, axis=-1)
     if dropout_key is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)

@@ -4,6 +4,13 @@ import dataclasses
 import math
 from typing import Any, Self
 
+# gelu_new is GPT-2's tanh approximation, and the next two are other names of it; gelu
+# is the one by erf.
+ACTIVATIONS = (
+    *("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    *("gelu", "quick_gelu", "relu", "silu", "swish", "tanh"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
@@ -24,6 +31,9 @@ class GPT2Config:
     n_head: int = 12
     n_inner: int | None = None  # MLP width; None: 4 * n_embd
     bias: bool = True  # in linears and LayerNorms; GPT-2 has them, nanoGPT may not
+    activation_function: str = "gelu_new"  # of the MLP, one of ACTIVATIONS
+    scale_attn_weights: bool = True  # scores times 1 / sqrt(head_dim)
+    scale_attn_by_inverse_layer_idx: bool = False  # and times 1 / (layer + 1)
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     embd_pdrop: float = 0.1  # after wte + wpe
@@ -35,20 +45,28 @@ class GPT2Config:
             _check_positive_int(name, getattr(self, name))
         if self.n_inner is not None:
             _check_positive_int("n_inner", self.n_inner)
-        if not isinstance(self.bias, bool):
-            raise ValueError(f"bias={self.bias!r} must be True or False")
+        for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be True or False"
+                )
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function={self.activation_function!r} is not one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}"
             )
         for name in ("layer_norm_epsilon", "initializer_range"):
-            value = _check_number(name, getattr(self, name))
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value} must be finite and > 0")
+            number = _check_number(name, getattr(self, name))
+            if not (number > 0 and math.isfinite(number)):
+                raise ValueError(f"{name}={number} must be finite and > 0")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            value = _check_number(name, getattr(self, name))
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value} must be in [0, 1)")
+            number = _check_number(name, getattr(self, name))
+            if not 0 <= number < 1:
+                raise ValueError(f"{name}={number} must be in [0, 1)")
 
     @property
     def head_dim(self) -> int:

@@ -20,7 +20,7 @@ is for; the head axes of c_attn and c_proj are there to be sharded.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,19 @@ from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
 
 Params = dict[str, Any]
+
+GELU_BY_TANH = partial(nn.gelu, approximate=True)
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": GELU_BY_TANH,
+    "gelu_pytorch_tanh": GELU_BY_TANH,
+    "gelu_fast": GELU_BY_TANH,
+    "gelu": partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": jnp.tanh,
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -116,7 +129,7 @@ class Block(nn.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         cache: KVCache | None,
-        layer: int,
+        layer: Any,  # int; traced under scan
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
@@ -151,7 +164,7 @@ class Attention(nn.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         cache: KVCache | None,
-        layer: int,
+        layer: Any,  # int; traced under scan
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         cfg = self.cfg
@@ -161,11 +174,15 @@ class Attention(nn.Module):
         q_BTHK, k, v = (x[:, :, 0] for x in jnp.split(qkv_BT3HK, 3, axis=2))
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        scale = cfg.head_dim**-0.5 if cfg.scale_attn_weights else 1.0
+        if cfg.scale_attn_by_inverse_layer_idx:
+            scale = scale / (layer + 1)
         att_BTHK = causal_attention(
             q_BTHK,
             k,
             v,
             positions_BT,
+            scale=scale,
             dropout_rate=cfg.attn_pdrop,
             dropout_key=dropout_key,
         )
@@ -175,7 +192,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """D -> F, the tanh approximation of GELU, F -> D."""
+    """D -> F, the activation (GPT-2's: GELU by tanh), F -> D."""
 
     cfg: GPT2Config
     dtype: Any
@@ -190,7 +207,7 @@ class MLP(nn.Module):
             (cfg.bias, self.dtype, self.param_dtype),
         )
         h_BTF = Linear(d, f, cfg.initializer_range, *rest, name="c_fc")(x_BTD)
-        h_BTF = nn.gelu(h_BTF, approximate=True)
+        h_BTF = ACTIVATIONS[cfg.activation_function](h_BTF)
         return Linear(f, d, residual_stddev(cfg), *rest, name="c_proj")(h_BTF)
 
 
@@ -297,7 +314,7 @@ class GPT2(nn.Module):
         def body(x_BTD, layer):
             params, i = layer
             k = None if key is None else jax.random.fold_in(key, i)
-            x_BTD, _ = block.apply({"params": params}, x_BTD, positions_BT, None, 0, k)
+            x_BTD, _ = block.apply({"params": params}, x_BTD, positions_BT, None, i, k)
             return x_BTD, None
 
         indices = jnp.arange(self.cfg.n_layer)

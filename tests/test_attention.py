@@ -27,7 +27,7 @@ def qkv():
 
 def test_equals_the_reference_at_any_position(qkv):
     positions = np.array([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]])
-    out = causal_attention(*qkv, jnp.asarray(positions))
+    out = causal_attention(*qkv, jnp.asarray(positions), scale=8**-0.5)
     # float32 sums of 8 to 9 terms of size 1
     np.testing.assert_allclose(out, reference(*qkv, positions), atol=1e-6)
 
@@ -35,7 +35,7 @@ def test_equals_the_reference_at_any_position(qkv):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_masked_rows_stay_finite(qkv, dtype):
     q, k, v = (x.astype(dtype) for x in qkv)
-    out = causal_attention(q, 1e4 * k, v, jnp.full((1, 5), -1))
+    out = causal_attention(q, 1e4 * k, v, jnp.full((1, 5), -1), scale=8**-0.5)
     assert out.dtype == dtype
     assert np.isfinite(np.asarray(out, np.float32)).all()
 
@@ -45,7 +45,7 @@ def test_dropout_takes_out_its_share_and_keeps_the_mean():
     v = jnp.ones((1, 64, 4, 8))
     positions = jnp.full((1, 64), 63)
     out = causal_attention(
-        q, q, v, positions, dropout_rate=0.25, dropout_key=jax.random.key(0)
+        q, q, v, positions, scale=1, dropout_rate=0.25, dropout_key=jax.random.key(0)
     )
     # 256 rows, each the mean of 64 draws of 0 or 4/3: deviation 0.0045 of the mean
     assert abs(float(out[..., 0].mean()) - 1) < 0.02

@@ -126,8 +126,11 @@ def test_the_run_leaves_what_it_promises(whole):
 
 def test_killed_and_started_again_it_ends_in_the_same_bits(whole, text, tmp_path):
     step = random.SystemRandom().randint(6, STEPS - 2)
+    checkpoints = tmp_path / "checkpoints"
     process = start("train.py", *arguments(tmp_path, text))
     wait_for_step(process, tmp_path, step)
+    while process.poll() is None and not checkpoint.check_steps(checkpoints):
+        time.sleep(0.002)  # the first save is still being written
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
