@@ -9,44 +9,58 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from gpt2_jax import checkpoint
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generate import check_ids, generate
+from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params, dtype_named
 from gpt2_jax.sampling import Sampling
+from gpt2_jax.sharding import tree_shardings
 from gpt2_jax.tokenizer import Tokenizer
 
 Ids = Sequence[int] | np.ndarray
 
 
 def load(
-    path: str | Path, *, step: int | None = None, dtype: str = "float32"
+    model: str | Path,
+    *,
+    step: int | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> "LanguageModel":
-    """Loads a run's checkpoint for generation and scoring.
+    """Loads a GPT-2 for generation and scoring, whoever wrote it.
 
     Args:
-      path: the run's folder (workdir), or the folder of one of its steps.
-      step: which checkpoint; None: the latest.
+      model: a run's folder (workdir) or the folder of one of its steps; a Hugging Face
+        folder, or the name of a model on its hub; the folder of an OpenAI checkpoint;
+        a nanoGPT checkpoint (`ckpt.pt`); an llm.c model (`.bin`).
+      step: of a run; None: the latest.
+      revision: of a model on the hub; None: the main one.
       dtype: float32 or bfloat16, of the parameters and the computation.
+      mesh: where the parameters shall live; None: on the first device.
 
     Raises:
-      FileNotFoundError: when there is no (such) checkpoint.
-      checkpoint.DamagedCheckpointError: when what is there isn't what was saved.
+      FileNotFoundError: when there is no such model, or no such step.
+      ValueError: when what is there isn't whole, or isn't a GPT-2 that can be run
+        here, naming what and where.
     """
     compute_dtype = dtype_named(dtype)
-    folder = checkpoint.find_step(Path(path), step)
-    contract = checkpoint.read_contract(folder)
-    model = GPT2(contract.model, dtype=compute_dtype, param_dtype=compute_dtype)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        abstract_params(contract.model),
+    source = open_model(model, step=step, revision=revision)
+    cfg = source.config
+    abstract = abstract_params(cfg)
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+    else:
+        shardings = tree_shardings(abstract, mesh)
+    return LanguageModel(
+        GPT2(cfg, dtype=compute_dtype, param_dtype=compute_dtype),
+        source.load(compute_dtype, shardings),
+        source.tokenizer,
+        source.step,
     )
-    params = checkpoint.restore(folder, {"params": abstract})["params"]
-    if dtype != "float32":
-        params = jax.tree.map(lambda x: x.astype(compute_dtype), params)
-    return LanguageModel(model, params, contract.tokenizer, contract.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +71,13 @@ class LanguageModel:
       model: the Linen module.
       params: plain nested dict (see `gpt2_jax.model`).
       tokenizer: text <-> ids.
-      step: of the checkpoint.
+      step: of a run's checkpoint; None for other models.
     """
 
     model: GPT2
     params: Params
     tokenizer: Tokenizer
-    step: int
+    step: int | None
 
     @property
     def config(self) -> GPT2Config:

@@ -100,19 +100,23 @@ class ByteTokenizer(_TableTokenizer):
 class CharTokenizer(_TableTokenizer):
     """A table of characters in code point order, then end of text.
 
+    Without `end_of_text`, as nanoGPT's, there is no such token and eot_id is -1.
     `encode` raises ValueError on a character that the table lacks.
     """
 
     kind = "char"
 
-    def __init__(self, characters: Iterable[str]):
+    def __init__(self, characters: Iterable[str], *, end_of_text: bool = True):
         self._characters = "".join(sorted(set(characters)))
         if not self._characters:
             raise ValueError("no text to take characters from")
         _utf8(self._characters)
         self._codes = self._code_points(self._characters)
-        self._table = [c.encode() for c in self._characters] + [END_OF_TEXT.encode()]
-        self.eot_id = len(self._characters)
+        self._table = [c.encode() for c in self._characters]
+        self.eot_id = -1
+        if end_of_text:
+            self.eot_id = len(self._table)
+            self._table.append(END_OF_TEXT.encode())
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> "CharTokenizer":
@@ -136,11 +140,32 @@ class CharTokenizer(_TableTokenizer):
         return ids.tolist()
 
     def files(self) -> dict[str, bytes]:
-        return {"characters.json": json.dumps(self._characters).encode() + b"\n"}
+        content: Any = self._characters
+        if self.eot_id < 0:
+            content = {"characters": self._characters, "end_of_text": False}
+        return {"characters.json": json.dumps(content).encode() + b"\n"}
 
     @staticmethod
     def _code_points(text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-32-le"), "<u4")
+
+
+class NoTokenizer:
+    """Stands where a model came without one: token ids only, ValueError on text."""
+
+    kind = "none"
+
+    def __init__(self, vocab_size: int, eot_id: int, why: str):
+        self.vocab_size, self.eot_id, self.why = vocab_size, eot_id, why
+
+    def encode(self, text: str) -> list[int]:
+        raise ValueError(f"text needs a tokenizer, give token ids: {self.why}")
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        raise ValueError(f"text needs a tokenizer: {self.why}")
+
+    def files(self) -> dict[str, bytes]:
+        raise ValueError(f"no tokenizer to save: {self.why}")
 
 
 # --- GPT-2 ----------------------------------------------------------------------------
@@ -497,7 +522,7 @@ def tokenizer_from_files(kind: str, files: Mapping[str, bytes]) -> Tokenizer:
     if kind == ByteTokenizer.kind:
         return ByteTokenizer()
     if kind == CharTokenizer.kind:
-        return CharTokenizer(_read_characters(_one(files, "characters.json")))
+        return _read_characters(_one(files, "characters.json"))
     if kind == GPT2Tokenizer.kind:
         return GPT2Tokenizer(files)
     if kind == SentencePieceTokenizer.kind:
@@ -513,14 +538,18 @@ def _one(files: Mapping[str, bytes], name: str) -> bytes:
     return files[name]
 
 
-def _read_characters(content: bytes) -> str:
+def _read_characters(content: bytes) -> CharTokenizer:
     try:
-        characters = json.loads(content)
+        value = json.loads(content)
     except ValueError as error:
         raise ValueError(f"characters.json: not JSON ({error})") from None
-    if not isinstance(characters, str):
-        raise ValueError("characters.json: not a JSON string")
-    return characters
+    if isinstance(value, str):
+        return CharTokenizer(value)
+    if isinstance(value, dict) and isinstance(value.get("characters"), str):
+        return CharTokenizer(
+            value["characters"], end_of_text=value.get("end_of_text") is not False
+        )
+    raise ValueError("characters.json: not a JSON string")
 
 
 _SINGLE = {

@@ -20,10 +20,18 @@ HOUSE = [
     "train_step",
     "generate",
     "sampling",
+    "interop.formats",
     "checkpoint",
     "data.loader",
     "data.prepare",
     "data.sources",
+    "interop.nanogpt",
+    "interop.llmc",
+    "interop.hf",
+    "interop.openai_tf",
+    "interop.torch_file",
+    "interop.params",
+    "interop.tensors",
     "tokenizer",
     "optim",
     "metrics",
@@ -34,6 +42,7 @@ HOUSE = [
     "cache",
     "config",
     "data",
+    "interop",
 ]
 
 
