@@ -1,7 +1,7 @@
 """The shape of a GPT-2: a frozen, hashable, validated dataclass."""
 
 import dataclasses
-import math
+import sys
 from typing import Any, Self
 
 # gelu_new is GPT-2's tanh approximation, and the next two are other names of it; gelu
@@ -61,7 +61,7 @@ class GPT2Config:
             )
         for name in ("layer_norm_epsilon", "initializer_range"):
             number = _check_number(name, getattr(self, name))
-            if not (number > 0 and math.isfinite(number)):
+            if not 0 < number <= sys.float_info.max:
                 raise ValueError(f"{name}={number} must be finite and > 0")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             number = _check_number(name, getattr(self, name))

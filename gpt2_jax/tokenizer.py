@@ -107,12 +107,12 @@ class CharTokenizer(_TableTokenizer):
     kind = "char"
 
     def __init__(self, characters: Iterable[str], *, end_of_text: bool = True):
-        self._characters = "".join(sorted(set(characters)))
-        if not self._characters:
+        self.characters = "".join(sorted(set(characters)))
+        if not self.characters:
             raise ValueError("no text to take characters from")
-        _utf8(self._characters)
-        self._codes = self._code_points(self._characters)
-        self._table = [c.encode() for c in self._characters]
+        _utf8(self.characters)
+        self._codes = self._code_points(self.characters)
+        self._table = [c.encode() for c in self.characters]
         self.eot_id = -1
         if end_of_text:
             self.eot_id = len(self._table)
@@ -140,9 +140,9 @@ class CharTokenizer(_TableTokenizer):
         return ids.tolist()
 
     def files(self) -> dict[str, bytes]:
-        content: Any = self._characters
+        content: Any = self.characters
         if self.eot_id < 0:
-            content = {"characters": self._characters, "end_of_text": False}
+            content = {"characters": self.characters, "end_of_text": False}
         return {"characters.json": json.dumps(content).encode() + b"\n"}
 
     @staticmethod
@@ -205,7 +205,7 @@ def _byte_alphabet() -> dict[str, int]:
     }
 
 
-_BYTES = _byte_alphabet()
+BYTES = _byte_alphabet()
 
 
 class GPT2Tokenizer(_TableTokenizer):
@@ -257,7 +257,7 @@ class GPT2Tokenizer(_TableTokenizer):
         for token, i in all_ids.items():
             self._table[i] = token.encode()
         for token in learned:
-            self._table[vocab[token]] = bytes(_BYTES[c] for c in token)
+            self._table[vocab[token]] = bytes(BYTES[c] for c in token)
 
         ranked = np.array([vocab[token] for token in learned])
         identity = bool((ranked == np.arange(len(ranked))).all())
@@ -355,10 +355,10 @@ def _merged_tokens(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]]
 ) -> list[str]:
     """Tokens in order of rank: the 256 bytes, by id, then what the merges make."""
-    missing = [f"0x{byte:02x}" for char, byte in _BYTES.items() if char not in vocab]
+    missing = [f"0x{byte:02x}" for char, byte in BYTES.items() if char not in vocab]
     if missing:
         raise ValueError(f"the vocabulary lacks the byte {missing[0]}")
-    tokens = dict.fromkeys(sorted(_BYTES, key=vocab.__getitem__))
+    tokens = dict.fromkeys(sorted(BYTES, key=vocab.__getitem__))
     for n, merge in enumerate(merges, 1):
         if len(merge) != 2 or not all(part in tokens for part in merge):
             raise ValueError(f"merge {n}, {merge}, does not join two known tokens")
@@ -373,7 +373,7 @@ def _merged_tokens(
 
 # --- SentencePiece --------------------------------------------------------------------
 
-_BLANK = "\u2581"  # how SentencePiece writes a space
+BLANK = "\u2581"  # how SentencePiece writes a space
 _RESERVED = re.compile("[\u2581\u2585]")  # its trainer's own: blank and unknown
 
 
@@ -412,7 +412,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         # A literal U+2581 would come back as a space: it goes as three bytes.
         self._blank_ids: list[int] | None = None
         if len(byte_ids) == 256 and not self._has_prefix:
-            self._blank_ids = [byte_ids[bytes([b])] for b in _BLANK.encode()]
+            self._blank_ids = [byte_ids[bytes([b])] for b in BLANK.encode()]
 
     def _piece_bytes(self, i: int) -> bytes:
         piece = self._sp.id_to_piece(i)
@@ -420,18 +420,53 @@ class SentencePieceTokenizer(_TableTokenizer):
             return bytes([int(piece[3:5], 16)])  # "<0x0A>"
         if self._sp.is_unknown(i):
             return "\ufffd".encode()
-        return piece.replace(_BLANK, " ").encode()
+        return piece.replace(BLANK, " ").encode()
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
-        if self._blank_ids is None or _BLANK not in text:
+        if self._blank_ids is None or BLANK not in text:
             return self._sp.encode(text)
-        first, *rest = (self._sp.encode(part) for part in text.split(_BLANK))
+        first, *rest = (self._sp.encode(part) for part in text.split(BLANK))
         return sum((self._blank_ids + ids for ids in rest), first)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         text = super().decode(ids)
         return text.removeprefix(" ") if self._has_prefix else text
+
+    def bpe(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """As a plain BPE: its vocabulary, piece -> id, and its merges in their order.
+
+        Raises:
+          ValueError: on a model that isn't as `train_sentencepiece` makes them.
+        """
+        ids = range(self.vocab_size)
+        pieces = [self._sp.id_to_piece(i) for i in ids]
+        scores = [self._sp.get_score(i) for i in ids]
+        learned = [
+            i
+            for i in ids
+            if not (self._sp.is_byte(i) or self._sp.is_control(i))
+            and not self._sp.is_unknown(i)
+        ]
+        probe = "\ufb01 \u212b  x\n"  # what a normaliser would change
+        if (
+            self._blank_ids is None
+            or self.decode(self.encode(probe)) != probe
+            or [scores[i] for i in learned] != [-j for j in range(len(learned))]
+        ):
+            raise ValueError(
+                "this SentencePiece model is no plain BPE: it is a unigram model, has "
+                "no byte fallback, normalises text or puts a space before it"
+            )
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        known = {pieces[i] for i in learned}
+        merges = [
+            (piece[:cut], piece[cut:])
+            for piece in (pieces[i] for i in learned)
+            for cut in range(1, len(piece))
+            if piece[:cut] in known and piece[cut:] in known
+        ]
+        return vocab, merges
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._model}

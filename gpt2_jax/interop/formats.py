@@ -1,18 +1,22 @@
 """What a path or a name stands for: one `Source`, whoever wrote it."""
 
 import dataclasses
+import os
+import shutil
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gpt2_jax import checkpoint
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop import hf, llmc, nanogpt, openai_tf
-from gpt2_jax.interop.params import load_params
+from gpt2_jax.interop.params import check_tensors, load_params
 from gpt2_jax.interop.tensors import Tensor
-from gpt2_jax.model import Params, abstract_params
+from gpt2_jax.model import Params, abstract_params, dtype_named
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 
 EXPECTED = (
@@ -28,12 +32,14 @@ class Source:
     Attributes:
       load: (dtype, tree of shardings) -> parameters, one tensor at a time.
       step: of a run's checkpoint; None for others.
+      summary: of its training, where that is known.
     """
 
     config: GPT2Config
     tokenizer: Tokenizer
     load: Callable[[Any, Any], Params]
     step: int | None = None
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_model(
@@ -60,7 +66,7 @@ def open_model(
             raise FileNotFoundError(f"{path} holds no model: expected {EXPECTED}")
     if llmc.is_llmc_file(path):
         return _foreign(path, *llmc.read(path), _tokenizer_beside(path.parent))
-    if path.suffix == ".pt":
+    if path.suffix == ".pt" and path.is_file():
         tokenizer = nanogpt.tokenizer_beside(path) or _tokenizer_beside(path.parent)
         return _foreign(path, *nanogpt.read(path), tokenizer)
     raise ValueError(f"{path} is no model: expected {EXPECTED}")
@@ -79,19 +85,30 @@ def _run(path: Path, step: int | None) -> Source:
         params = checkpoint.restore(folder, {"params": abstract})["params"]
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    return Source(contract.model, contract.tokenizer, load, contract.step)
+    summary = {"step": contract.step, **contract.metrics}
+    for name in ("steps", "batch_size", "block_size", "dtype", "optim"):
+        if name in contract.run:
+            summary[name] = contract.run[name]
+    return Source(
+        contract.model, contract.tokenizer, load, contract.step, summary=summary
+    )
 
 
 def _foreign(
     path: Path, cfg: GPT2Config, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> Source:
     if isinstance(tokenizer, NoTokenizer):
-        tokenizer = NoTokenizer(cfg.vocab_size, hf.eot_id_of(path), tokenizer.why)
+        eot_id = hf.eot_id_of(path)
+        if eot_id not in range(cfg.vocab_size):
+            eot_id = -1
+        tokenizer = NoTokenizer(cfg.vocab_size, eot_id, tokenizer.why)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
             f"{cfg.vocab_size}"
         )
+
+    check_tensors(cfg, tensors, path)
 
     def load(dtype: Any, shardings: Any) -> Params:
         return load_params(cfg, tensors, dtype=dtype, shardings=shardings, where=path)
@@ -104,3 +121,86 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
         return load_tokenizer(folder)
     except FileNotFoundError as error:
         return NoTokenizer(0, -1, str(error))
+
+
+FORMATS = ("hf", "safetensors", "llmc", "orbax")
+
+
+def convert(
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a model, whoever wrote it, in another format.
+
+    Args:
+      model, step, revision: as for `lm.load`.
+      to: hf, a folder for transformers; safetensors, its weights and config alone;
+        llmc, a file for llm.c; orbax, a folder that `lm.load` and a partial restore
+        take, with the parameters and no optimizer state.
+      out: a folder, or llm.c's file; it appears whole or not at all.
+      dtype: float32 or bfloat16, of what is written (orbax: float32 only).
+      max_shard_bytes: of hf's files.
+
+    Raises:
+      FileExistsError: when `out` is there already.
+      ValueError: on what the format can't hold, naming it; and as `lm.load`.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"--to={to!r} is not one of {', '.join(FORMATS)}")
+    dtype_named(dtype)
+    if to == "orbax" and dtype != "float32":
+        raise ValueError(f"orbax checkpoints are float32 here, not {dtype}")
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already")
+    source = open_model(model, step=step, revision=revision)
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    places = jax.tree.map(lambda _: device, abstract_params(source.config))
+    params = source.load(jnp.float32, places)
+    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if to == "llmc":
+            llmc.write(partial, source.config, params, dtype=dtype)
+        else:
+            partial.mkdir()
+        if to in ("hf", "safetensors"):
+            hf.write(
+                partial,
+                source.config,
+                params,
+                source.tokenizer if to == "hf" else no_tokenizer(source),
+                dtype=dtype,
+                max_shard_bytes=max_shard_bytes,
+                summary=source.summary,
+            )
+        if to == "orbax":
+            _write_orbax(partial, source, params)
+        partial.rename(out)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def no_tokenizer(source: Source) -> NoTokenizer:
+    cfg, tokenizer = source.config, source.tokenizer
+    return NoTokenizer(cfg.vocab_size, tokenizer.eot_id, "only weights were written")
+
+
+def _write_orbax(folder: Path, source: Source, params: Params) -> None:
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    state = {"step": jnp.int32(source.step or 0), "params": params, "opt_state": ()}
+    checkpoints.save(
+        types.SimpleNamespace(**state),
+        model=source.config,
+        run={},
+        tokenizer=source.tokenizer,
+    )
+    checkpoints.close()

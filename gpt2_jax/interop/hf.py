@@ -1,8 +1,9 @@
 """Hugging Face folders: config.json with safetensors or pytorch_model.bin."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,21 @@ import ml_dtypes
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.interop.params import matrices
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.interop.torch_file import read_torch_file
+from gpt2_jax.model import Params
+from gpt2_jax.tokenizer import (
+    BLANK,
+    BYTES,
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    NoTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 # GPT2Config's fields that transformers knows by the same name.
 FIELDS = (
@@ -102,7 +116,7 @@ def eot_id_of(folder: Path) -> int:
     """The end-of-text id that config.json names; -1 where there is none."""
     path = folder / "config.json"
     value = _json(path).get("eos_token_id", 50256) if path.is_file() else -1
-    return value if isinstance(value, int) else -1
+    return value if type(value) is int else -1
 
 
 def read(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
@@ -143,7 +157,7 @@ def our_path(name: str, where: object) -> str:
         return f"{embedding[1]}/embedding"
     found = PARAMETER.fullmatch(name)
     if not found:
-        raise ValueError(f"{where} has a tensor {name!r}, which no GPT-2 has")
+        raise ValueError(f"{where} has a tensor {name[:100]!r}, which no GPT-2 has")
     module, leaf = found.groups()
     module = re.sub(r"^h\.", "h_", module).replace(".", "/")
     if leaf == "weight":
@@ -206,14 +220,16 @@ def _tensors(weights: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in sorted({*map(str, index.values())}):
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-            raise ValueError(f"{weights} names {name!r}, which is no file beside it")
+            raise ValueError(
+                f"{weights} names {name[:100]!r}, which is no file beside it"
+            )
         for key, tensor in _tensors_of_file(weights.with_name(name)).items():
             if key in tensors:
                 raise ValueError(f"{weights}: {key} is in two files")
             tensors[key] = tensor
     for key in index:
         if key not in tensors:
-            raise ValueError(f"{weights}: {key} is not in {index[key]}")
+            raise ValueError(f"{weights}: {key!r} is not in {index[key]}")
     return tensors
 
 
@@ -250,7 +266,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 tensors[name] = Tensor(shape, dtype, partial(_read_one, path, name))
             return tensors
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged: {why}") from None
 
 
 def _read_one(path: Path, name: str) -> np.ndarray:
@@ -258,3 +275,187 @@ def _read_one(path: Path, name: str) -> np.ndarray:
 
     with safe_open(path, framework="np") as file:
         return file.get_tensor(name)
+
+
+def write(
+    folder: Path,
+    cfg: GPT2Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    summary: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a folder that transformers loads as it is.
+
+    Rows of the vocabulary that only pad it are left out; biases that a model doesn't
+    have are written as zeros, the same function.
+
+    Args:
+      folder: an empty one.
+      tokenizer: a NoTokenizer writes none.
+      dtype: float32 or bfloat16, of the file.
+      max_shard_bytes: more than this is split into several files.
+      summary: what the model card shall say of the training.
+
+    Raises:
+      ValueError: on a tokenizer that the format can't hold, naming it.
+    """
+    has_tokenizer = not isinstance(tokenizer, NoTokenizer)
+    vocab_size = tokenizer.vocab_size if has_tokenizer else cfg.vocab_size
+    files = tokenizer_files(tokenizer, cfg.n_positions) if has_tokenizer else {}
+    cfg = dataclasses.replace(cfg, vocab_size=vocab_size)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    values = config_values(cfg, tokenizer.eot_id, dtype)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(cfg, summary or {}))
+    write_safetensors(folder, state_dict(cfg, params, np.dtype(dtype)), max_shard_bytes)
+
+
+def config_values(cfg: GPT2Config, eot_id: int, dtype: str) -> dict[str, Any]:
+    """The content of a config.json."""
+    eot = None if eot_id < 0 else eot_id
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{name: getattr(cfg, name) for name in FIELDS},
+        "tie_word_embeddings": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": dtype,
+    }
+
+
+def state_dict(
+    cfg: GPT2Config, params: Params, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of each tensor as transformers has it, one at a time."""
+    for path, x in matrices(params):
+        x = x[: cfg.vocab_size] if path == "wte/embedding" else x
+        yield f"transformer.{their_name(path)}", np.ascontiguousarray(x, dtype)
+        if not cfg.bias and path.endswith(("/scale", "/kernel")):
+            name = their_name(path.rsplit("/", 1)[0] + "/bias")
+            yield f"transformer.{name}", np.zeros(x.shape[-1], dtype)
+
+
+def write_safetensors(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
+) -> None:
+    """Writes model.safetensors, or shards of it with an index.
+
+    No more than a shard is held in memory.
+    """
+    from safetensors.numpy import save_file
+
+    shards: list[dict[str, int]] = []  # name -> bytes
+    held: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        file = folder / f"part-{len(shards)}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        file.chmod(0o644)
+        shards.append({name: x.nbytes for name, x in held.items()})
+        held.clear()
+
+    for name, x in tensors:
+        if held and sum(y.nbytes for y in held.values()) + x.nbytes > max_shard_bytes:
+            flush()
+        held[name] = x
+    flush()
+    if len(shards) == 1:
+        (folder / "part-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{i}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(size for shard in shards for size in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def tokenizer_files(tokenizer: Tokenizer, n_positions: int) -> dict[str, bytes]:
+    """The files by which transformers knows a tokenizer, and our own where they differ.
+
+    Raises:
+      ValueError: on one that its formats can't hold.
+    """
+    if isinstance(tokenizer, GPT2Tokenizer):
+        files = tokenizer.files()
+        for old, new in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+            if old in files:
+                files[new] = files.pop(old)
+    else:
+        content = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False)
+        files = {**tokenizer.files(), "tokenizer.json": content.encode()}
+    one_file = "tokenizer.json" in files
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast" if one_file else "GPT2Tokenizer",
+        "model_max_length": n_positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.eot_id >= 0:
+        settings |= dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    content = json.dumps(settings, indent=2) + "\n"
+    return {**files, "tokenizer_config.json": content.encode()}
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer of ours as a BPE of the tokenizers library.
+
+    The one difference: in text, its SentencePiece reads U+2581 as a space.
+    """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    byte_level["trim_offsets"] = True
+    model: dict[str, Any] = {"type": "BPE", "merges": []}
+    normalizer = pre_tokenizer = None
+    decoder: dict[str, Any] = {"type": "Fuse"}
+    if isinstance(tokenizer, ByteTokenizer):
+        model["vocab"] = dict(BYTES)
+        pre_tokenizer = decoder = byte_level
+    elif isinstance(tokenizer, CharTokenizer):
+        model["vocab"] = {c: i for i, c in enumerate(tokenizer.characters)}
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        vocab, merges = tokenizer.bpe()
+        model |= {"vocab": vocab, "merges": merges, "byte_fallback": True}
+        normalizer = _replace(" ", BLANK)
+        parts = [_replace(BLANK, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+        decoder = {"type": "Sequence", "decoders": parts}
+    else:
+        raise ValueError(f"transformers has no tokenizer of kind {tokenizer.kind!r}")
+    added = []
+    if tokenizer.eot_id >= 0:
+        model["vocab"][END_OF_TEXT] = tokenizer.eot_id
+        added = [{"id": tokenizer.eot_id, "content": END_OF_TEXT, "special": True}]
+        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+            added[0][flag] = False
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _replace(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def model_card(cfg: GPT2Config, summary: Mapping[str, Any]) -> str:
+    """A README.md in the hub's form, for its author to go on with."""
+    lines = [
+        *("---", "library_name: transformers", "pipeline_tag: text-generation"),
+        *("tags:", "- gpt2", "- gpt2_jax", "---", "", "# GPT-2", ""),
+        "A GPT-2, converted by gpt2_jax.",
+        *("", "## Architecture", ""),
+        *(f"- {field}: {getattr(cfg, field)}" for field in FIELDS),
+    ]
+    if summary:
+        lines += ["", "## Training", "", *(f"- {k}: {v}" for k, v in summary.items())]
+    return "\n".join(lines) + "\n"

@@ -53,12 +53,11 @@ def _config(path: Path, args: Any) -> GPT2Config:
         raise ValueError(f"{path}: model_args is no table")
     unknown = set(args) - {*names, "dropout"}
     missing = {*names} - {"bias"} - set(args)
-    if unknown or missing:
-        raise ValueError(
-            f"{path}: model_args has no {sorted(missing)[0]}"
-            if missing
-            else f"{path}: model_args.{sorted(map(str, unknown))[0]} is not supported"
-        )
+    if missing:
+        raise ValueError(f"{path}: model_args has no {sorted(missing)[0]}")
+    if unknown:
+        first = sorted(map(repr, unknown))[0]
+        raise ValueError(f"{path}: model_args has {first}: not supported")
     rate = args.get("dropout", 0.0)
     try:
         return GPT2Config(
@@ -91,7 +90,7 @@ def tokenizer_beside(path: Path) -> CharTokenizer | None:
     if file.suffix == ".json":
         try:
             meta = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
     else:
         meta = read_plain_pickle(file)
@@ -101,10 +100,13 @@ def tokenizer_beside(path: Path) -> CharTokenizer | None:
     try:
         table = {int(i): c for i, c in itos.items()}  # type: ignore[union-attr]
         characters = [table[i] for i in range(len(table))]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{file} has no itos, a table of id -> character") from None
     if not all(isinstance(c, str) and len(c) == 1 for c in characters):
         raise ValueError(f"{file}: itos holds more than single characters")
     if characters != sorted(set(characters)):
         raise ValueError(f"{file}: the characters are not in code point order")
-    return CharTokenizer(characters, end_of_text=False)
+    try:
+        return CharTokenizer(characters, end_of_text=False)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

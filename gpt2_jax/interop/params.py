@@ -19,30 +19,59 @@ from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.model import Params, abstract_params
 
 
-def names(cfg: GPT2Config) -> Iterator[str]:
-    """The paths of all parameters; cheap however large the config says it is."""
-    yield from ("wte/embedding", "wpe/embedding")
+def matrix_shapes(cfg: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Path and shape in matrix form of each parameter, one at a time.
+
+    Plain arithmetic, so that a config which lies about its sizes costs nothing.
+    """
+    d, f = cfg.n_embd, cfg.mlp_dim
+    yield "wte/embedding", (cfg.vocab_size, d)
+    yield "wpe/embedding", (cfg.n_positions, d)
     for i in range(cfg.n_layer):
-        for norm in ("ln_1", "ln_2"):
-            yield from _leaves(f"h_{i}/{norm}", "scale", cfg)
-        for linear in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
-            yield from _leaves(f"h_{i}/{linear}", "kernel", cfg)
-    yield from _leaves("ln_f", "scale", cfg)
+        for module, *shape in (
+            ("ln_1", d),
+            ("attn/c_attn", d, 3 * d),
+            ("attn/c_proj", d, d),
+            ("ln_2", d),
+            ("mlp/c_fc", d, f),
+            ("mlp/c_proj", f, d),
+        ):
+            yield from _leaves(f"h_{i}/{module}", tuple(shape), cfg)
+    yield from _leaves("ln_f", (d,), cfg)
 
 
-def _leaves(module: str, weight: str, cfg: GPT2Config) -> Iterator[str]:
-    yield f"{module}/{weight}"
+def _leaves(
+    module: str, shape: tuple[int, ...], cfg: GPT2Config
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{module}/{'kernel' if len(shape) == 2 else 'scale'}", shape
     if cfg.bias:
-        yield f"{module}/bias"
+        yield f"{module}/bias", shape[-1:]
 
 
-def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a parameter as files have it: at most two axes."""
-    if path.endswith("attn/c_attn/kernel"):
-        return shape[0], math.prod(shape[1:])
-    if path.endswith("attn/c_proj/kernel"):
-        return math.prod(shape[:2]), shape[2]
-    return shape
+def check_tensors(
+    cfg: GPT2Config, tensors: Mapping[str, Tensor], where: object
+) -> None:
+    """Whether `tensors` are just those of `cfg`, before anything of its size is made.
+
+    Raises:
+      ValueError: on a tensor that is missing, too many, of another shape, or not of
+        floats.
+    """
+    expected = {}
+    for path, shape in matrix_shapes(cfg):
+        if path not in tensors:
+            raise ValueError(f"{where} has no tensor for {path}")
+        expected[path] = shape
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{where} has {unknown[0]} too")
+    for path, shape in expected.items():
+        if tensors[path].shape != shape:
+            raise ValueError(
+                f"{where}: {path} has shape {list(tensors[path].shape)}, the config "
+                f"needs {list(shape)}"
+            )
+        if not jnp.issubdtype(tensors[path].dtype, jnp.floating):
+            raise ValueError(f"{where}: {path} has dtype {tensors[path].dtype}")
 
 
 def load_params(
@@ -61,16 +90,10 @@ def load_params(
       where: named in errors.
 
     Raises:
-      ValueError: on a tensor that is missing, too many, of another shape, or that
-        holds NaN or infinity, before (but for the last) anything is read.
+      ValueError: as `check_tensors`, before anything is read; and on a tensor that
+        holds NaN or infinity, or a number too large for `dtype`.
     """
-    count = 0
-    for name in names(cfg):
-        count += 1
-        if name not in tensors:
-            raise ValueError(f"{where} has no tensor for {name}")
-    if count != len(tensors):
-        raise ValueError(f"{where} has {sorted(set(tensors) - {*names(cfg)})[0]} too")
+    check_tensors(cfg, tensors, where)
     abstract, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(cfg))
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -78,13 +101,6 @@ def load_params(
     else:
         places = jax.tree.leaves(shardings)
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in abstract]
-    for path, (_, leaf) in zip(paths, abstract, strict=True):
-        expected, found = matrix_shape(path, leaf.shape), tensors[path].shape
-        if found != expected:
-            raise ValueError(
-                f"{where}: {path} has shape {list(found)}, the config needs "
-                f"{list(expected)}"
-            )
     leaves = []
     for path, (_, leaf), place in zip(paths, abstract, places, strict=True):
         array = tensors[path].read().reshape(leaf.shape)
@@ -98,7 +114,8 @@ def load_params(
 
 
 def _part(array: np.ndarray, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
-    return np.array(array[index], dtype)  # a copy: the file may change or go
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused later
+        return np.array(array[index], dtype)  # a copy: the file may change or go
 
 
 @jax.jit
@@ -110,4 +127,9 @@ def matrices(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array in matrix form) of each parameter, on the host, one at a time."""
     for key, x in jax.tree_util.tree_flatten_with_path(params)[0]:
         path = jax.tree_util.keystr(key, simple=True, separator="/")
-        yield path, np.asarray(x).reshape(matrix_shape(path, x.shape))
+        shape = x.shape
+        if path.endswith("attn/c_attn/kernel"):
+            shape = shape[0], math.prod(shape[1:])
+        elif path.endswith("attn/c_proj/kernel"):
+            shape = math.prod(shape[:2]), shape[2]
+        yield path, np.asarray(x).reshape(shape)
