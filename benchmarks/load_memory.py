@@ -1,0 +1,72 @@
+"""Peak memory and time of loading a model of an official shape.
+
+python benchmarks/load_memory.py --size=gpt2-xl
+
+Writes random weights of that shape as a Hugging Face folder (6.2 GB for XL in float32)
+into --folder, loads them in a fresh process and prints its peak resident memory, less
+what it held before the load, over the size of the parameters.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+_SIZE = flags.DEFINE_string("size", "gpt2-xl", "One of the four official sizes.")
+_FOLDER = flags.DEFINE_string("folder", None, "Where to write; none: a temporary one.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the file and of the parameters.")
+
+LOAD = """
+import json, re, sys, time
+import jax
+import gpt2_jax
+jax.block_until_ready(jax.numpy.zeros(3) + 1)
+# Not ru_maxrss, which a child takes over from its parent.
+status = lambda: open("/proc/self/status").read()
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", status())[1]) * 1024
+before, start = peak(), time.perf_counter()
+lm = gpt2_jax.load(sys.argv[1], dtype=sys.argv[2])
+jax.block_until_ready(lm.params)
+size = sum(x.nbytes for x in jax.tree.leaves(lm.params))
+print(json.dumps({
+    "seconds": time.perf_counter() - start, "peak": peak() - before, "size": size
+}))
+"""
+
+
+def write(folder: Path, size: str, dtype: str) -> None:
+    from gpt2_jax.config import GPT2Config
+    from gpt2_jax.interop.hf import config_values, their_name, write_safetensors
+    from gpt2_jax.interop.params import matrix_shapes
+
+    cfg = GPT2Config.named(size)
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(0, 0.02, 1 << 20).astype(dtype)  # repeated: drawing is slow
+    tensors = (
+        (f"transformer.{their_name(path)}", np.resize(numbers, shape))
+        for path, shape in matrix_shapes(cfg)
+    )
+    values = config_values(cfg, 50256, dtype)
+    (folder / "config.json").write_text(json.dumps(values))
+    write_safetensors(folder, tensors, 10**9)
+
+
+def main(_: list[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
+        write(Path(name), _SIZE.value, _DTYPE.value)
+        command = [sys.executable, "-c", LOAD, name, _DTYPE.value]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    found = json.loads(out)
+    print(
+        f"{_SIZE.value} {_DTYPE.value}: {found['size'] / 1e9:.2f} GB of parameters, "
+        f"peak {found['peak'] / 1e9:.2f} GB, ratio "
+        f"{found['peak'] / found['size']:.3f}, {found['seconds']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
