@@ -1,0 +1,114 @@
+"""Our numbers beside those that transformers on torch gave scripts/make_goldens.py."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.interop.hf import our_path, their_name
+from gpt2_jax.interop.params import load_params, matrices
+from gpt2_jax.interop.tensors import Tensor
+from gpt2_jax.lm import LanguageModel
+from gpt2_jax.model import GPT2
+from gpt2_jax.optim import OptimConfig, make_optimizer
+from gpt2_jax.tokenizer import NoTokenizer
+from gpt2_jax.train_step import TrainState, gradients, train_step
+
+CFG = GPT2Config(
+    vocab_size=61,
+    n_positions=32,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+)
+MODEL = GPT2(CFG)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(Path(__file__).parent / "goldens/gpt2_tiny.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def params(golden):
+    return load_params(CFG, tensors(golden, "weights/"), dtype=jnp.float32)
+
+
+def tensors(golden, group):
+    return {
+        our_path(name.removeprefix(group), group): Tensor.of(x)
+        for name, x in golden.items()
+        if name.startswith(group)
+    }
+
+
+def check(tree, golden, group, relative):
+    count = 0
+    for path, x in matrices(tree):
+        expected = golden[group + their_name(path)]
+        error = np.abs(x - expected).max() / np.abs(expected).max()
+        assert error <= relative, path
+        count += 1
+    assert count == 28
+
+
+def test_logits_and_hidden_states(golden, params):
+    logits, state = MODEL.apply(
+        {"params": params},
+        golden["tokens"],
+        capture_intermediates=lambda module, _: type(module).__name__ == "Block",
+        mutable=["intermediates"],
+    )
+    assert np.abs(logits[0] - golden["logits"]).max() <= 1e-5  # float32 sums of 64
+    first = state["intermediates"]["h_0"]["__call__"][0][0]
+    assert np.abs(first - golden["hidden"][0]).max() <= 1e-5
+    last, _ = MODEL.apply({"params": params}, golden["tokens"], method="hidden")
+    assert np.abs(last - golden["hidden"][1]).max() <= 1e-5
+
+
+def test_loss_and_gradients(golden, params):
+    tokens = jnp.asarray(golden["batches"][:1], jnp.int32)
+    loss, grads = gradients(params, tokens, None, model=MODEL)
+    assert float(loss) == pytest.approx(golden["losses"][0], rel=1e-5)
+    check(grads, golden, "gradients/", 1e-4)  # float32 sums over 64 tokens
+
+
+def test_greedy_continuation(golden, params):
+    lm = LanguageModel(MODEL, params, NoTokenizer(61, 0, "a golden"), None)
+    ids = lm.generate(golden["tokens"][0, :4], max_new_tokens=28, temperature=0)
+    expected = golden["greedy"].tolist()
+    if 0 in expected:  # the end of text
+        expected = expected[: expected.index(0)]
+    assert ids == expected
+
+
+def test_ten_updates(golden, params):
+    cfg = OptimConfig(
+        learning_rate=1e-2,
+        min_learning_rate=1e-3,
+        warmup_steps=3,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    )
+    optimizer = make_optimizer(cfg, 10)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    step = jax.jit(
+        lambda s, t: train_step(s, t, model=MODEL, optimizer=optimizer, seed=0)
+    )
+    for i, tokens in enumerate(golden["batches"]):
+        state, metrics = step(state, jnp.asarray(tokens, jnp.int32)[None])
+        assert float(metrics["loss"]) == pytest.approx(golden["losses"][i], rel=1e-4)
+        assert float(metrics["grad_norm"]) == pytest.approx(
+            golden["norms"][i], rel=1e-4
+        )
+    check(state.params, golden, "trained/", 1e-4)  # ten times Adam's 1 / sqrt(v)
