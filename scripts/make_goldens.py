@@ -35,12 +35,16 @@ OPTIM = OptimConfig(
 
 
 def random_model(seed: int = 0, **fields):
-    """A transformers GPT-2 without dropout, whose biases and norms aren't 0 and 1."""
+    """A transformers GPT-2 without dropout, whose biases and norms aren't 0 and 1.
+
+    Its weights are ten times GPT-2's own initial ones: a small model would else be
+    nearly linear, whatever its activation.
+    """
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
         **{
             **dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
-            **dict(bos_token_id=0, eos_token_id=0),
+            **dict(bos_token_id=0, eos_token_id=0, initializer_range=0.2),
             **fields,
         }
     )

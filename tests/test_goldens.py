@@ -53,10 +53,19 @@ def check(tree, golden, group, relative):
     count = 0
     for path, x in matrices(tree):
         expected = golden[group + their_name(path)]
+        if path.endswith("c_attn/bias"):
+            x, expected = without_keys(x), without_keys(expected)
         error = np.abs(x - expected).max() / np.abs(expected).max()
         assert error <= relative, path
         count += 1
     assert count == 28
+
+
+def without_keys(bias):
+    """Of q, k and v: attention is the same whatever the keys' bias, so that its
+    gradient is nothing but rounding, and Adam makes whole steps of that."""
+    q, _, v = np.split(bias, 3)
+    return np.concatenate([q, v])
 
 
 def test_logits_and_hidden_states(golden, params):
