@@ -1,4 +1,4 @@
-"""Generates text from a run's checkpoint.
+"""Generates text from a run's checkpoint, or from any GPT-2.
 
 python scripts/generate.py --workdir=runs/quickstart --prompt="The import statement"
 """
@@ -8,7 +8,9 @@ from absl import flags
 import gpt2_jax
 from gpt2_jax import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a run, or whatever gpt2_jax.load takes.", required=True
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; none: the latest.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to go on from; repeatable.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "At most so many.")

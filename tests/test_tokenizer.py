@@ -291,6 +291,31 @@ def test_gpt2_equals_the_tokenizers_library(real: Tokenizer, gpt2_files):
             assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
 
+def test_gpt2_equals_tokenizers_and_tiktoken_on_100000_strings(real: Tokenizer):
+    """With the pattern as GPT-2 has it, and on a real text; round trips as well."""
+    import pydoc_data.topics
+
+    import tiktoken
+
+    files = real.files()
+    theirs = huggingface(files["encoder.json"], files["vocab.bpe"])
+    vocab = {real._table[i]: i for i in range(real.vocab_size) if i != real.eot_id}
+    pattern = (
+        r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    )
+    plain = tiktoken.Encoding(
+        "plain", pat_str=pattern, mergeable_ranks=vocab, special_tokens={}
+    )
+    count = 0
+    for text in [*random_texts(100_000, seed=9), *pydoc_data.topics.topics.values()]:
+        ids = real.encode(text)
+        assert ids == theirs.encode(text).ids, repr(text)
+        assert ids == plain.encode_ordinary(text), repr(text)
+        assert real.decode(ids) == text
+        count += 1
+    assert count > 100_000
+
+
 def huggingface(vocab: bytes, merges: bytes):
     """The same tokenizer in the tokenizers library, no special token parsed."""
     from tokenizers import Tokenizer as HF
