@@ -47,7 +47,8 @@ def open_model(
 ) -> Source:
     """Finds out what `model` is; arguments and errors as of `lm.load`."""
     path = Path(model)
-    if (path / "checkpoints").is_dir() or (path / "meta").is_dir() or step is not None:
+    parts = ("checkpoints", "metrics.jsonl", "meta")
+    if step is not None or any((path / part).exists() for part in parts):
         return _run(path, step)
     if not path.exists() and hf.is_hub_name(str(model)):
         path = hf.download(str(model), revision)

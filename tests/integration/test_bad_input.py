@@ -77,6 +77,9 @@ def test_a_prompt_longer_than_the_context(finished):
 
 
 def test_no_checkpoint(tmp_path):
+    error = refused("generate.py", f"--workdir={tmp_path}")
+    assert "holds no model: expected a run's folder, a Hugging Face folder" in error
+    (tmp_path / "metrics.jsonl").touch()
     assert "no checkpoint in" in refused("generate.py", f"--workdir={tmp_path}")
     assert "no such folder" in refused("evaluate.py", f"--workdir={tmp_path}/none")
 
@@ -129,4 +132,5 @@ def test_the_traceback_flag_shows_it(tmp_path):
     )
     assert process.returncode == 1
     assert "Traceback" in process.stderr
-    assert "FileNotFoundError: no checkpoint in" in process.stderr
+    assert "FileNotFoundError" in process.stderr
+    assert "holds no model" in process.stderr
