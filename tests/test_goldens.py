@@ -1,4 +1,4 @@
-"""Our numbers beside those that transformers on torch gave scripts/make_goldens.py."""
+"""Our numbers beside those that transformers on torch gave make_goldens.py."""
 
 from pathlib import Path
 

@@ -17,6 +17,7 @@ HOUSE = [
     "lm",
     "train",
     "evaluate",
+    "verify",
     "train_step",
     "generate",
     "sampling",

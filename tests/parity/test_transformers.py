@@ -15,8 +15,8 @@ from test_goldens import without_keys
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from scripts import make_goldens  # noqa: E402
-from scripts.make_goldens import random_model as theirs  # noqa: E402
+import make_goldens  # noqa: E402
+from make_goldens import random_model as theirs  # noqa: E402
 
 BARE = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 

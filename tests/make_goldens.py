@@ -1,25 +1,21 @@
 """Makes tests/goldens/gpt2_tiny.npz with transformers on torch.
 
-pip install '.[test,parity]' && python scripts/make_goldens.py
+pip install '.[test,parity]' && python tests/make_goldens.py
 
 What the default suite and scripts/verify.py compare with, where there is no torch: a
 random model's weights, its logits, hidden states, loss and gradients, a greedy
 continuation, and ten updates by torch's AdamW.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+from gpt2_jax.optim import OptimConfig, schedule
 
-from gpt2_jax.optim import OptimConfig, schedule  # noqa: E402
-
-PATH = ROOT / "tests/goldens/gpt2_tiny.npz"
+PATH = Path(__file__).parent / "goldens/gpt2_tiny.npz"
 FIELDS = dict(vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2)
 STEPS = 10
 OPTIM = OptimConfig(
