@@ -59,14 +59,17 @@ def dtype_named(name: str) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
-    """x [..., *in] and kernel [*in, *out] -> [..., *out], with `n_in` axes in.
+    """x [..., *in] and kernel [*in, *out] -> float32 [..., *out], `n_in` axes in.
 
     The gradient is the usual one. It is written out because JAX's own transposes
     the larger factor of the kernel's gradient, element by element, whenever that is
     the gradient of the output: on CPU a training step takes 1.5x the time.
     """
     return jax.lax.dot_general(
-        x, kernel, ((range(x.ndim - n_in, x.ndim), range(n_in)), ((), ()))
+        x,
+        kernel,
+        ((range(x.ndim - n_in, x.ndim), range(n_in)), ((), ())),
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -76,6 +79,7 @@ def _project_forward(x, kernel, n_in):
 
 def _project_backward(n_in, residuals, dy):
     x, kernel = residuals
+    dy = dy.astype(x.dtype)
     rows, out = range(x.ndim - n_in), range(n_in, kernel.ndim)
     dx = jax.lax.dot_general(dy, kernel, ((range(len(rows), dy.ndim), out), ((), ())))
     if math.prod(kernel.shape[:n_in]) <= math.prod(kernel.shape[n_in:]):
@@ -108,12 +112,12 @@ class Linear(nn.Module):
         )
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         y = project(x, kernel, len(in_shape))
-        if not self.use_bias:
-            return y
-        bias = self.param(
-            "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
-        )
-        return y + bias.astype(y.dtype).reshape(out_shape)
+        if self.use_bias:
+            bias = self.param(
+                "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
+            )
+            y += bias.astype(y.dtype).reshape(out_shape)
+        return y.astype(x.dtype)
 
 
 class Block(nn.Module):

@@ -239,9 +239,9 @@ def test_parameters_after_ten_updates(pair):
     assert optax.tree.norm(optax.tree.sub(state.params, lm.params)) > 0.1
 
 
-def test_bfloat16_is_no_worse_than_torch(tmp_path):
-    """With weights of GPT-2's own initial size."""
-    model, folder = theirs(**SMALL, initializer_range=0.02), tmp_path
+@pytest.mark.parametrize("std", [0.02, 0.1, 0.2])
+def test_bfloat16_is_no_worse_than_torch(tmp_path, std):
+    model, folder = theirs(**SMALL, initializer_range=std), tmp_path
     model.save_pretrained(folder)
     tokens = np.random.default_rng(5).integers(0, 101, (8, 64))
     reference = torch.log_softmax(model(torch.from_numpy(tokens)).logits.double(), -1)
