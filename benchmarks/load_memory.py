@@ -4,7 +4,8 @@ python benchmarks/load_memory.py --size=gpt2-xl
 
 Writes random weights of that shape as a Hugging Face folder (6.2 GB for XL in float32)
 into --folder, loads them in a fresh process and prints its peak resident memory, less
-what it held before the load, over the size of the parameters.
+what it held before the load, over the size of the parameters. With several devices
+(XLA_FLAGS=--xla_force_host_platform_device_count=8 on a CPU) they are spread over all.
 """
 
 import json
@@ -24,12 +25,14 @@ LOAD = """
 import json, re, sys, time
 import jax
 import gpt2_jax
+from gpt2_jax.sharding import make_mesh
 jax.block_until_ready(jax.numpy.zeros(3) + 1)
 # Not ru_maxrss, which a child takes over from its parent.
 status = lambda: open("/proc/self/status").read()
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", status())[1]) * 1024
 before, start = peak(), time.perf_counter()
-lm = gpt2_jax.load(sys.argv[1], dtype=sys.argv[2])
+mesh = make_mesh(1, -1, 1) if jax.device_count() > 1 else None
+lm = gpt2_jax.load(sys.argv[1], dtype=sys.argv[2], mesh=mesh)
 jax.block_until_ready(lm.params)
 size = sum(x.nbytes for x in jax.tree.leaves(lm.params))
 print(json.dumps({
