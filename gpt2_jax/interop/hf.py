@@ -255,7 +255,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="np") as file:
             tensors = {}
-            for name in file.keys():  # noqa: SIM118 (it isn't iterable)
+            names = file.keys()
+            for name in names:
                 part = file.get_slice(name)
                 shape, kind = tuple(part.get_shape()), part.get_dtype()
                 if kind not in DTYPES and not BUFFER.search(name):
