@@ -115,7 +115,7 @@ def download(name: str, revision: str | None = None) -> Path:
 def eot_id_of(folder: Path) -> int:
     """The end-of-text id that config.json names; -1 where there is none."""
     path = folder / "config.json"
-    value = _json(path).get("eos_token_id", 50256) if path.is_file() else -1
+    value = _json_object(path).get("eos_token_id", 50256) if path.is_file() else -1
     return value if type(value) is int else -1
 
 
@@ -180,7 +180,7 @@ def config_of(path: Path) -> GPT2Config:
       ValueError: on JSON that is damaged, on a value that makes another model than
         GPT-2, and as GPT2Config.
     """
-    values = _json(path)
+    values = _json_object(path)
     for name, allowed in NEUTRAL.items():
         if name in values and values[name] not in allowed:
             raise ValueError(f"{path}: {name}={values[name]!r} is not supported")
@@ -193,11 +193,20 @@ def config_of(path: Path) -> GPT2Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      ValueError: on a file that is none, naming it.
+    """
     try:
-        values = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object")
     return values
@@ -214,7 +223,7 @@ def _check_tied(where: Path, head: Tensor, wte: Tensor) -> None:
 def _tensors(weights: Path) -> dict[str, Tensor]:
     if weights.suffix != ".json":
         return _tensors_of_file(weights)
-    index = _json(weights).get("weight_map")
+    index = _json_object(weights).get("weight_map")
     if not isinstance(index, Mapping) or not index:
         raise ValueError(f"{weights} has no weight_map")
     tensors: dict[str, Tensor] = {}

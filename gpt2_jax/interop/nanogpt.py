@@ -1,12 +1,11 @@
 """nanoGPT's checkpoints: ckpt.pt, and the character table of its meta.pkl."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.interop.hf import BUFFER, our_path
+from gpt2_jax.interop.hf import BUFFER, our_path, read_json
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.interop.torch_file import read_plain_pickle, read_torch_file
 from gpt2_jax.tokenizer import CharTokenizer
@@ -87,21 +86,18 @@ def tokenizer_beside(path: Path) -> CharTokenizer | None:
             break
     else:
         return None
-    if file.suffix == ".json":
-        try:
-            meta = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not JSON: {error}") from None
-    else:
-        meta = read_plain_pickle(file)
+    meta = read_json(file) if file.suffix == ".json" else read_plain_pickle(file)
     itos = meta.get("itos") if isinstance(meta, Mapping) else None
     if isinstance(itos, list):
         itos = dict(enumerate(itos))
+    no_table = ValueError(f"{file} has no itos, a table of id -> character")
+    if not isinstance(itos, Mapping):
+        raise no_table
     try:
-        table = {int(i): c for i, c in itos.items()}  # type: ignore[union-attr]
+        table = {int(i): c for i, c in itos.items()}
         characters = [table[i] for i in range(len(table))]
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{file} has no itos, a table of id -> character") from None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise no_table from None
     if not all(isinstance(c, str) and len(c) == 1 for c in characters):
         raise ValueError(f"{file}: itos holds more than single characters")
     if characters != sorted(set(characters)):
