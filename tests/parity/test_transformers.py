@@ -1,6 +1,7 @@
 """Live comparisons with transformers on torch: pip install '.[test,parity]'."""
 
 import dataclasses
+import importlib
 import random
 
 import jax
@@ -14,9 +15,8 @@ from test_goldens import without_keys
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-import make_goldens  # noqa: E402
-from make_goldens import random_model as theirs  # noqa: E402
+make_goldens = importlib.import_module("make_goldens")  # needs both
+theirs = make_goldens.random_model
 
 BARE = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
@@ -258,7 +258,7 @@ def test_bfloat16_is_no_worse_than_torch(tmp_path, std):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "char", "sentencepiece", "gpt2"])
-def test_transformers_takes_our_export_without_a_warning(tmp_path, kind, capfd):
+def test_transformers_takes_our_export_without_a_warning(tmp_path, kind):
     import logging
 
     from gpt2_jax.interop import hf
