@@ -1,5 +1,6 @@
 """This installation's numbers beside those of transformers on torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -10,9 +11,41 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop.hf import our_path
 from gpt2_jax.interop.params import load_params
 from gpt2_jax.interop.tensors import Tensor
-from gpt2_jax.model import GPT2
+from gpt2_jax.model import GPT2, Params
 from gpt2_jax.optim import OptimConfig, make_optimizer
 from gpt2_jax.train_step import TrainState, train_step
+
+# Of tests/make_goldens.py, whose file has what transformers on torch made with them.
+CFG = GPT2Config(
+    vocab_size=61,
+    n_positions=32,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+)
+OPTIM = OptimConfig(
+    learning_rate=1e-2,
+    min_learning_rate=1e-3,
+    warmup_steps=3,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    weight_decay=0.1,
+    clip_norm=1.0,
+)
+
+
+def weights(golden: Mapping[str, np.ndarray], where: object) -> Params:
+    """The model's parameters in float32; errors name `where`."""
+    tensors = {
+        our_path(name.removeprefix("weights/"), where): Tensor.of(x)
+        for name, x in golden.items()
+        if name.startswith("weights/")
+    }
+    return load_params(CFG, tensors, dtype=jnp.float32, where=where)
 
 
 def differences(goldens: Path, dtype: str) -> dict[str, float]:
@@ -24,27 +57,10 @@ def differences(goldens: Path, dtype: str) -> dict[str, float]:
     """
     with np.load(goldens) as file:
         golden = dict(file)
-    tensors = {
-        our_path(name.removeprefix("weights/"), goldens): Tensor.of(x)
-        for name, x in golden.items()
-        if name.startswith("weights/")
-    }
-    cfg = GPT2Config(
-        vocab_size=61,
-        n_positions=32,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
-    model = GPT2(cfg, dtype=jnp.dtype(dtype))
-    params = load_params(cfg, tensors, dtype=jnp.float32, where=goldens)
+    model = GPT2(CFG, dtype=jnp.dtype(dtype))
+    params = weights(golden, goldens)
     logits, _ = jax.jit(model.apply)({"params": params}, golden["tokens"])
-    optimizer = make_optimizer(
-        OptimConfig(1e-2, 1e-3, 3, 0.9, 0.95, 1e-8, 0.1, 1.0), 10
-    )
+    optimizer = make_optimizer(OPTIM, 10)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     step = jax.jit(
         lambda s, t: train_step(s, t, model=model, optimizer=optimizer, seed=0)

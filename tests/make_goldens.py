@@ -14,20 +14,11 @@ import torch
 import transformers
 
 from gpt2_jax.optim import OptimConfig, schedule
+from gpt2_jax.verify import CFG, OPTIM
 
 PATH = Path(__file__).parent / "goldens/gpt2_tiny.npz"
-FIELDS = dict(vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 STEPS = 10
-OPTIM = OptimConfig(
-    learning_rate=1e-2,
-    min_learning_rate=1e-3,
-    warmup_steps=3,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-8,
-    weight_decay=0.1,
-    clip_norm=1.0,
-)
 
 
 def random_model(seed: int = 0, **fields):
@@ -92,9 +83,9 @@ def train(model, batches, cfg: OptimConfig) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    model = random_model(**FIELDS)
-    tokens = rng.integers(1, FIELDS["vocab_size"], (2, FIELDS["n_positions"]))
-    batches = rng.integers(1, FIELDS["vocab_size"], (STEPS, 4, 17))
+    model = random_model(**{name: getattr(CFG, name) for name in SIZES})
+    tokens = rng.integers(1, CFG.vocab_size, (2, CFG.n_positions))
+    batches = rng.integers(1, CFG.vocab_size, (STEPS, 4, 17))
     with torch.no_grad():
         out = model(torch.from_numpy(tokens), output_hidden_states=True)
     greedy = model.generate(

@@ -7,26 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.config import GPT2Config
-from gpt2_jax.interop.hf import our_path, their_name
-from gpt2_jax.interop.params import load_params, matrices
-from gpt2_jax.interop.tensors import Tensor
+from gpt2_jax.interop.hf import their_name
+from gpt2_jax.interop.params import matrices
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.optim import OptimConfig, make_optimizer
+from gpt2_jax.optim import make_optimizer
 from gpt2_jax.tokenizer import NoTokenizer
 from gpt2_jax.train_step import TrainState, gradients, train_step
+from gpt2_jax.verify import CFG, OPTIM, weights
 
-CFG = GPT2Config(
-    vocab_size=61,
-    n_positions=32,
-    n_embd=16,
-    n_layer=2,
-    n_head=2,
-    embd_pdrop=0.0,
-    attn_pdrop=0.0,
-    resid_pdrop=0.0,
-)
 MODEL = GPT2(CFG)
 
 
@@ -38,15 +27,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def params(golden):
-    return load_params(CFG, tensors(golden, "weights/"), dtype=jnp.float32)
-
-
-def tensors(golden, group):
-    return {
-        our_path(name.removeprefix(group), group): Tensor.of(x)
-        for name, x in golden.items()
-        if name.startswith(group)
-    }
+    return weights(golden, "the goldens")
 
 
 def check(tree, golden, group, relative):
@@ -99,17 +80,7 @@ def test_greedy_continuation(golden, params):
 
 
 def test_ten_updates(golden, params):
-    cfg = OptimConfig(
-        learning_rate=1e-2,
-        min_learning_rate=1e-3,
-        warmup_steps=3,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-8,
-        weight_decay=0.1,
-        clip_norm=1.0,
-    )
-    optimizer = make_optimizer(cfg, 10)
+    optimizer = make_optimizer(OPTIM, 10)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     step = jax.jit(
         lambda s, t: train_step(s, t, model=MODEL, optimizer=optimizer, seed=0)

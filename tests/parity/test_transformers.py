@@ -203,21 +203,13 @@ def test_parameters_after_ten_updates(pair):
 
     from gpt2_jax.interop.hf import their_name
     from gpt2_jax.interop.params import matrices
-    from gpt2_jax.optim import OptimConfig, make_optimizer
+    from gpt2_jax.optim import make_optimizer
     from gpt2_jax.train_step import TrainState, train_step
+    from gpt2_jax.verify import OPTIM
 
     _, lm, folder = pair
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).train()
-    cfg = OptimConfig(
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
-        warmup_steps=3,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-8,
-        weight_decay=0.1,
-        clip_norm=1.0,
-    )
+    cfg = dataclasses.replace(OPTIM, learning_rate=1e-3, min_learning_rate=1e-4)
     batches = np.random.default_rng(4).integers(0, 101, (10, 4, 33))
     losses, norms = make_goldens.train(model, batches, cfg)
     optimizer = make_optimizer(cfg, 10)
