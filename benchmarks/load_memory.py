@@ -2,9 +2,9 @@
 
 python benchmarks/load_memory.py --size=gpt2-xl
 
-Writes random weights of that shape as a Hugging Face folder (6.2 GB for XL in float32)
-into --folder, loads them in a fresh process and prints its peak resident memory, less
-what it held before the load, over the size of the parameters. With several devices
+Writes random weights of that shape as a temporary Hugging Face folder (6.2 GB for XL in
+float32), loads them in a fresh process and prints its peak resident memory, less what
+it held before the load, over the size of the parameters. With several devices
 (XLA_FLAGS=--xla_force_host_platform_device_count=8 on a CPU) they are spread over all.
 """
 
@@ -18,7 +18,6 @@ import numpy as np
 from absl import app, flags
 
 _SIZE = flags.DEFINE_string("size", "gpt2-xl", "One of the four official sizes.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where to write; none: a temporary one.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Of the file and of the parameters.")
 
 LOAD = """
@@ -59,7 +58,7 @@ def write(folder: Path, size: str, dtype: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
+    with tempfile.TemporaryDirectory() as name:
         write(Path(name), _SIZE.value, _DTYPE.value)
         command = [sys.executable, "-c", LOAD, name, _DTYPE.value]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout

@@ -25,7 +25,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes of each kind, in turn.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Steps of a process.")
 _NANOGPT = flags.DEFINE_string("nanogpt", None, "Folder of nanoGPT's model.py.")
 _TORCH = flags.DEFINE_string("torch", sys.executable, "A Python that has torch.")
-_CONFIG = flags.DEFINE_multi_string("set", [], "For ours: dtype=bfloat16, say.")
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 50  # steps
@@ -62,7 +61,7 @@ print(json.dumps({"ms": 1e3 * statistics.median(seconds[int(sys.argv[3]):])}))
 """
 
 
-def ours(text: Path, steps: int, settings: list[str]) -> float:
+def ours(text: Path, steps: int) -> float:
     """Milliseconds of a step in a fresh run."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [
@@ -71,7 +70,6 @@ def ours(text: Path, steps: int, settings: list[str]) -> float:
             *(f"--workdir={workdir}", f"--config.data.path={text}"),
             *(f"--config.steps={steps}", f"--config.eval.every={steps}"),
             f"--config.checkpoint.every={steps}",
-            *(f"--config.{setting}" for setting in settings),
         ]
         subprocess.run(command, check=True, capture_output=True)
         lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
@@ -93,7 +91,7 @@ def main(_: list[str]) -> None:
         file.write("".join(rng.choices(ALPHABET, k=1_000_000)))
         file.flush()
         for round_ in range(1, _ROUNDS.value + 1):
-            mine = ours(Path(file.name), _STEPS.value, _CONFIG.value)
+            mine = ours(Path(file.name), _STEPS.value)
             line = f"round {round_}: ours {mine:.1f} ms"
             if _NANOGPT.value:
                 theirs = nanogpt(_TORCH.value, _NANOGPT.value, _STEPS.value)
