@@ -23,6 +23,7 @@ EXPECTED = (
     "a run's folder, a Hugging Face folder or hub name, an OpenAI checkpoint folder, a "
     "nanoGPT ckpt.pt or an llm.c .bin"
 )
+FORMATS = ("hf", "safetensors", "llmc", "orbax")  # that `convert` writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def open_model(
             return _foreign(path, *openai_tf.read(path), _tokenizer_beside(path))
         if (path / "ckpt.pt").is_file():
             path = path / "ckpt.pt"
-        elif path.is_dir():
+        else:
             raise FileNotFoundError(f"{path} holds no model: expected {EXPECTED}")
     if llmc.is_llmc_file(path):
         return _foreign(path, *llmc.read(path), _tokenizer_beside(path.parent))
@@ -124,9 +125,6 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
         return NoTokenizer(0, -1, str(error))
 
 
-FORMATS = ("hf", "safetensors", "llmc", "orbax")
-
-
 def convert(
     model: str | Path,
     to: str,
@@ -176,7 +174,7 @@ def convert(
                 partial,
                 source.config,
                 params,
-                source.tokenizer if to == "hf" else no_tokenizer(source),
+                source.tokenizer if to == "hf" else _no_tokenizer(source),
                 dtype=dtype,
                 max_shard_bytes=max_shard_bytes,
                 summary=source.summary,
@@ -190,7 +188,7 @@ def convert(
         partial.unlink(missing_ok=True)
 
 
-def no_tokenizer(source: Source) -> NoTokenizer:
+def _no_tokenizer(source: Source) -> NoTokenizer:
     cfg, tokenizer = source.config, source.tokenizer
     return NoTokenizer(cfg.vocab_size, tokenizer.eot_id, "only weights were written")
 
