@@ -55,8 +55,6 @@ def open_model(
         path = hf.download(str(model), revision)
     elif not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.suffix == ".safetensors":
-        path = path.parent
     if path.is_dir():
         if hf.is_hf_folder(path):
             return _foreign(path, *hf.read(path), _tokenizer_beside(path))

@@ -187,6 +187,14 @@ def test_tensors_that_are_refused(tmp_path, edit, message):
         gpt2_jax.load(folder)
 
 
+def test_a_file_of_weights_alone_is_no_model(tmp_path):
+    folder = write(tmp_path / "in")
+    (folder / "other.safetensors").write_bytes(b"")
+    for name in ("model.safetensors", "other.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is no model: expected a run's"):
+            gpt2_jax.load(folder / name)
+
+
 def test_a_hub_name_offline(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
