@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -80,6 +80,12 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> P:
                 f"{axis}={mesh.shape[axis]} does not divide"
             )
     return specs[0]
+
+
+def on_device(tree: Any, device: jax.Device) -> Any:
+    """The sharding of each leaf of a tree that lives on one device."""
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(lambda _: sharding, tree)
 
 
 def batch_sharding(mesh: Mesh, ndim: int, axis: int) -> NamedSharding:

@@ -17,6 +17,7 @@ from gpt2_jax.interop import hf, llmc, nanogpt, openai_tf
 from gpt2_jax.interop.params import check_tensors, load_params
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.model import Params, abstract_params, dtype_named
+from gpt2_jax.sharding import on_device
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 
 EXPECTED = (
@@ -157,8 +158,7 @@ def convert(
     if out.exists():
         raise FileExistsError(f"{out} exists already")
     source = open_model(model, step=step, revision=revision)
-    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    places = jax.tree.map(lambda _: device, abstract_params(source.config))
+    places = on_device(abstract_params(source.config), jax.devices("cpu")[0])
     params = source.load(jnp.float32, places)
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.model import Params, abstract_params
+from gpt2_jax.sharding import on_device
 
 
 def matrix_shapes(cfg: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -94,15 +95,13 @@ def load_params(
         holds NaN or infinity, or a number too large for `dtype`.
     """
     check_tensors(cfg, tensors, where)
-    abstract, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(cfg))
+    abstract = abstract_params(cfg)
     if shardings is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        places = [device] * len(abstract)
-    else:
-        places = jax.tree.leaves(shardings)
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in abstract]
+        shardings = on_device(abstract, jax.devices()[0])
+    named, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     leaves = []
-    for path, (_, leaf), place in zip(paths, abstract, places, strict=True):
+    for (key, leaf), place in zip(named, jax.tree.leaves(shardings), strict=True):
+        path = jax.tree_util.keystr(key, simple=True, separator="/")
         array = tensors[path].read().reshape(leaf.shape)
         x = jax.make_array_from_callback(
             leaf.shape, place, partial(_part, array, dtype)
