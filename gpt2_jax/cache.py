@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from gpt2_jax.config import GPT2Config
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the tokens seen so far, one pair of arrays a layer.
 
     Row b holds positions 0 .. length_B[b] - 1. What lies beyond is never
@@ -17,38 +16,31 @@ class KVCache:
     padding changes nothing.
     """
 
-    k_BSHK: tuple[jax.Array, ...]
-    v_BSHK: tuple[jax.Array, ...]
+    k_BHSK: tuple[jax.Array, ...]
+    v_BHSK: tuple[jax.Array, ...]
     length_B: jax.Array  # int32, tokens held by each row
 
     @classmethod
     def empty(
         cls, cfg: GPT2Config, batch: int, size: int, dtype: jnp.dtype
     ) -> "KVCache":
-        """A cache for `batch` rows of at most `size` tokens (size <= n_positions)."""
-        if size > cfg.n_positions:
-            raise ValueError(f"cache size={size} exceeds n_positions={cfg.n_positions}")
-        shape = (batch, size, cfg.n_head, cfg.head_dim)
+        """A cache for `batch` rows of at most `size` tokens.
+
+        It may be larger than n_positions, but what is beyond must not be attended to.
+        """
+        shape = (batch, cfg.n_head, size, cfg.head_dim)
         zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layer))  # noqa: E731
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
     @property
     def size(self) -> int:
         """Tokens that a row can hold."""
-        return self.k_BSHK[0].shape[1]
+        return self.k_BHSK[0].shape[2]
 
-    def append(
-        self, layer: int, k_BTHK: jax.Array, v_BTHK: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, H, K] of `layer` with T new tokens a row written."""
-        return (
-            _write(self.k_BSHK[layer], k_BTHK, self.length_B),
-            _write(self.v_BSHK[layer], v_BTHK, self.length_B),
+    def resize(self, size: int) -> "KVCache":
+        """With room for `size` tokens a row, at least as many as now."""
+        pad = ((0, 0), (0, 0), (0, size - self.size), (0, 0))
+        k_BHSK, v_BHSK = jax.tree.map(
+            lambda x: jnp.pad(x, pad), (self.k_BHSK, self.v_BHSK)
         )
-
-
-def _write(cache_BSHK: jax.Array, new_BTHK: jax.Array, at_B: jax.Array) -> jax.Array:
-    def write_row(row_SHK, new_THK, at):
-        return jax.lax.dynamic_update_slice(row_SHK, new_THK, (at, 0, 0))
-
-    return jax.vmap(write_row)(cache_BSHK, new_BTHK.astype(cache_BSHK.dtype), at_B)
+        return self.replace(k_BHSK=k_BHSK, v_BHSK=v_BHSK)

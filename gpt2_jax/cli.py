@@ -5,8 +5,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
+
+from gpt2_jax.options import (
+    DEFAULTS,
+    EARLY_STOPPING,
+    INTEGERS,
+    NUMBERS,
+    OVERFLOW,
+    Options,
+)
 
 _TRACEBACK = flags.DEFINE_bool(
     "traceback", False, "Show the Python traceback of an error in the input."
@@ -23,6 +33,50 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     # program is started from and gpt2_jax is installed.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def define_options() -> None:
+    """A flag for each of `options.Options`, with its name, default and help."""
+    doc = re.findall(r"^ {6}(\w+): (.*(?:\n {8}.*)*)", str(Options.__doc__), re.M)
+    for name, text in doc:
+        text = " ".join(text.split())
+        if name in NUMBERS:
+            flags.DEFINE_float(name, DEFAULTS[name], text)
+        elif name in INTEGERS:
+            flags.DEFINE_integer(name, DEFAULTS[name], text)
+        elif name in ("stop", "bad_words"):
+            flags.DEFINE_multi_string(name, [], f"{text} Repeatable.")
+        elif name == "logit_bias":
+            flags.DEFINE_multi_string(name, [], "ID=NUMBER: added to its logit.")
+        elif name in ("stop_token_ids", "allowed_tokens"):
+            flags.DEFINE_list(name, None, f"{text.split(' (')[0]}, with commas.")
+        elif name == "do_sample":
+            flags.DEFINE_bool(name, None, text)
+        elif name == "overflow":
+            flags.DEFINE_enum(name, DEFAULTS[name], OVERFLOW, text)
+        else:
+            choices = [str(x).lower() for x in EARLY_STOPPING]
+            flags.DEFINE_enum(name, choices[0], choices, text)
+
+
+def given_options() -> dict[str, Any]:
+    """What the flags of `define_options` say, as `Options` takes it."""
+    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in DEFAULTS}
+    for name in ("stop_token_ids", "allowed_tokens"):
+        given[name] = given[name] and [_number(int, name, x) for x in given[name]]
+    pairs = [text.partition("=")[::2] for text in given["logit_bias"]]
+    given["logit_bias"] = {
+        _number(int, "logit_bias", i): _number(float, "logit_bias", x) for i, x in pairs
+    }
+    stopping = dict(zip(("false", "true", "never"), EARLY_STOPPING, strict=True))
+    return {**given, "early_stopping": stopping[given["early_stopping"]]}
+
+
+def _number(kind: type, name: str, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"--{name}: {text!r} is no {kind.__name__}") from None
 
 
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:

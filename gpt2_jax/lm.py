@@ -2,7 +2,8 @@
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gpt2_jax.beam import beam_search
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.generate import check_ids, generate
+from gpt2_jax.generate import (
+    NO_DRAFT,
+    Decoder,
+    Draft,
+    Request,
+    Row,
+    check,
+    check_ids,
+    sampling_of,
+)
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params, dtype_named
-from gpt2_jax.sampling import Sampling
-from gpt2_jax.sharding import tree_shardings
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.options import Options, integer
+from gpt2_jax.sharding import on_device, tree_shardings
+from gpt2_jax.text import TextStream, completing_tokens
+from gpt2_jax.tokenizer import NoTokenizer, Tokenizer
 
 Ids = Sequence[int] | np.ndarray
+Prompt = str | Ids
 
 
 def load(
@@ -51,8 +64,7 @@ def load(
     cfg = source.config
     abstract = abstract_params(cfg)
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, abstract)
+        shardings = on_device(abstract, jax.devices()[0])
     else:
         shardings = tree_shardings(abstract, mesh)
     return LanguageModel(
@@ -60,7 +72,45 @@ def load(
         source.load(compute_dtype, shardings),
         source.tokenizer,
         source.step,
+        mesh,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A text that was generated, and how.
+
+    Attributes:
+      index: of the prompt or request that it follows.
+      text: what follows the prompt, without what ended it; None without a tokenizer.
+      token_ids: its ids. Where a stop string ended it, those that begin before that.
+      logprobs: of each id, in nats, under the model's own distribution: before
+        temperature, penalties and filters.
+      top_logprobs: for each id the most probable ones in its place with theirs, as
+        many as were asked for.
+      finish_reason: "stop": end of text, a stop string or a stop id; "length";
+        "exhausted": no token was allowed.
+      n_prompt_tokens: of the prompt.
+      first_token_seconds, seconds: until the first token and the end, from when the
+        request got its slot.
+      score: of beam search: the sum of log-probabilities over length ** length_penalty.
+    """
+
+    index: int
+    text: str | None
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[dict[int, float]]
+    finish_reason: str
+    n_prompt_tokens: int
+    first_token_seconds: float
+    seconds: float
+    score: float | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of a token, in nats."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +122,17 @@ class LanguageModel:
       params: plain nested dict (see `gpt2_jax.model`).
       tokenizer: text <-> ids.
       step: of a run's checkpoint; None for other models.
+      mesh: where the parameters live; None: on one device.
     """
 
     model: GPT2
     params: Params
     tokenizer: Tokenizer
     step: int | None
+    mesh: Mesh | None = None
+    _pauses: dict[tuple[str, ...], np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def config(self) -> GPT2Config:
@@ -98,65 +153,316 @@ class LanguageModel:
         check_ids(ids_BT, self.config.vocab_size)
         return _logits(self.model, self.params, ids_BT.astype(np.int32))
 
-    def generate(
-        self,
-        prompt: str | Ids | Sequence[str] | Sequence[Ids],
-        *,
-        max_new_tokens: int = 100,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-    ) -> Any:
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Continues a prompt, or each of a list of prompts of any lengths.
 
         Args:
           prompt: text, a list of texts, token ids, or a list of token ids. Empty
             text stands for the beginning of a document.
-          max_new_tokens: at most so many; an end of text ends a row before.
-          temperature: divides the logits; 0 takes the most probable token.
-          top_k: draw from the k most probable tokens only; None or 0: from all.
-          top_p: draw from the fewest tokens that reach this probability together;
-            None or 1: from all.
-          repetition_penalty: over 1 makes tokens of the prompt and of what was
-            generated less probable.
-          seed: the same seed gives the same text; None: another one each call.
+          options: see `gpt2_jax.options.Options`; and `draft`, `n_draft`, see
+            `complete`.
 
         Returns:
-          What follows the prompt, without it and without the end-of-text token:
-          text for text, ids for ids, a list for a list.
+          What follows the prompt, without it and without what ended it: text for text,
+          ids for ids, a list for a list, and where `num_return_sequences` is given a
+          list for each prompt.
 
         Raises:
           ValueError: before anything is compiled, on an option out of its range, a
-            bad id, or prompt + max_new_tokens over n_positions.
+            bad id, or prompt + new tokens over n_positions.
+          TypeError: on an unknown option.
         """
-        prompts, is_text, is_batch = self._encode(prompt)
-        sampling = Sampling.create(
-            len(prompts),
-            temperature=temperature,
-            top_k=0 if top_k is None else top_k,
-            top_p=1.0 if top_p is None else top_p,
-            repetition_penalty=repetition_penalty,
+        _, is_text, _ = self._encode(prompt)
+
+        def plain(result: Any) -> Any:
+            if isinstance(result, list):
+                return [plain(r) for r in result]
+            return result.text if is_text else result.token_ids
+
+        return plain(self.complete(prompt, **options))
+
+    def complete(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        draft: "str | LanguageModel | None" = None,
+        n_draft: int = 4,
+        **options: Any,
+    ) -> Any:
+        """As `generate`, but all there is to know: a `Completion` for each text.
+
+        Args:
+          draft: guesses tokens, which are then checked several at once; what comes out
+            is the same, only sooner. A smaller model of the same vocabulary, or
+            "prompt_lookup": what followed the last tokens when they last occurred.
+          n_draft: guesses a step.
+        """
+        prompts, _, is_batch = self._encode(prompt)
+        asked = Options(**options)
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        n = asked.best_of or asked.num_return_sequences
+        requests = [
+            self._request(i, ids, asked, (seed, i, j))
+            for i, ids in enumerate(prompts)
+            for j in range(1 if asked.num_beams > 1 else n)
+        ]
+        drafting = self._draft(draft, n_draft)
+        if asked.num_beams > 1:
+            if draft is not None:
+                raise ValueError(f"num_beams={asked.num_beams} and draft: give one")
+            found = self._search(requests, asked)
+        else:
+            done = self._run(requests, len(requests), asked, drafting)
+            flat = sorted(done, key=lambda c: c.index)
+            found = [flat[i : i + n] for i in range(0, len(flat), n)]
+        if asked.best_of:
+            best = lambda c: -c.mean_logprob  # noqa: E731
+            found = [sorted(c, key=best)[: asked.num_return_sequences] for c in found]
+        results: list[Any] = [
+            [dataclasses.replace(c, index=i) for c in completions]
+            for i, completions in enumerate(found)
+        ]
+        if asked.num_return_sequences == 1:
+            results = [completions[0] for completions in results]
+        return results if is_batch else results[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        draft: "str | LanguageModel | None" = None,
+        n_draft: int = 4,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The text that follows one prompt, in pieces as they come.
+
+        A piece never ends within a character, and nothing of a stop string comes out.
+        Closing the iterator stops the work. Arguments are as of `complete`, and are
+        checked at once; one text is all that can be streamed.
+        """
+        prompts, _, is_batch = self._encode(prompt)
+        asked = _one_sequence(Options(**options), "stream")
+        if is_batch:
+            raise ValueError(f"stream takes one prompt, not a list of {len(prompts)}")
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        request = self._request(0, prompts[0], asked, (seed, 0, 0))
+        decoder = self._decoder(1, asked, self._draft(draft, n_draft))
+        text = TextStream(self.tokenizer.token_bytes, asked.stop)
+
+        def pieces() -> Iterator[str]:
+            n_given = 0
+            for (row,) in decoder.run([request], n_steps=1):
+                piece = text.push(row.ids[n_given:])
+                n_given = len(row.ids)
+                if text.stopped:
+                    row.finish = "stop"
+                if row.finish and not text.stopped:
+                    piece += text.finish()
+                if piece:
+                    yield piece
+
+        return pieces()
+
+    def generate_many(
+        self,
+        requests: Iterable[Prompt | Mapping[str, Any]],
+        *,
+        n_slots: int = 8,
+        draft: "str | LanguageModel | None" = None,
+        n_draft: int = 4,
+        **options: Any,
+    ) -> "Iterator[Completion]":
+        """Continues prompts from an iterator, `n_slots` at a time, as slots get free.
+
+        A slot whose text has ended takes the next request, and nothing is compiled for
+        it. `Completion.index` tells which request a text belongs to: they come in the
+        order in which they end.
+
+        Args:
+          requests: prompts, or dicts of a `prompt` and options of its own. A request
+            that has no seed of its own draws with (seed, its index).
+          options: of all requests. `logprobs` and a table of `allowed_tokens` can
+            only be given here.
+        """
+        asked = _one_sequence(Options(**options), "generate_many")
+        if not 1 <= integer("n_slots", n_slots):
+            raise ValueError(f"{n_slots=} must be >= 1")
+        drafting = self._draft(draft, n_draft)
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+
+        def read() -> Iterator[Request]:
+            for i, item in enumerate(requests):
+                own = dict(item) if isinstance(item, Mapping) else {"prompt": item}
+                if "prompt" not in own:
+                    raise ValueError(f"request {i} has no prompt")
+                ids, _, is_batch = self._encode(own.pop("prompt"))
+                if is_batch:
+                    raise ValueError(f"request {i} is a list of prompts, not one")
+                for name in own.keys() & {"logprobs", "allowed_tokens"}:
+                    raise ValueError(f"request {i}: {name} is for all requests")
+                merged = _one_sequence(Options(**{**options, **own}), "generate_many")
+                draw = (seed, i, 0)
+                if own.get("seed") is not None:
+                    draw = (integer("seed", own["seed"]), 0, 0)
+                yield self._request(i, ids[0], merged, draw)
+
+        return self._run(read(), n_slots, asked, drafting)
+
+    def _run(
+        self,
+        requests: Iterable[Request],
+        n_slots: int,
+        options: Options,
+        draft: Draft,
+    ) -> "Iterator[Completion]":
+        """Completions in the order in which they end."""
+        decoder = self._decoder(n_slots, options, draft)
+        texts: dict[int, TextStream] = {}
+        given: dict[int, int] = {}
+        for rows in decoder.run(requests):
+            for row in rows:
+                if row.request.options.stop:
+                    stop = row.request.options.stop
+                    text = texts.setdefault(
+                        row.index, TextStream(self.tokenizer.token_bytes, stop)
+                    )
+                    text.push(row.ids[given.get(row.index, 0) :])
+                    given[row.index] = len(row.ids)
+                    if text.stopped:
+                        row.finish = "stop"
+                if row.finish:
+                    yield self._completion(row, texts.pop(row.index, None))
+                    given.pop(row.index, None)
+
+    def _completion(self, row: Row, text: TextStream | None) -> "Completion":
+        n = len(row.ids)
+        if text is not None and text.stopped:
+            n = text.n_tokens
+        return Completion(
+            index=row.index,
+            text=self._text(row.ids, row.request.options.stop),
+            token_ids=row.ids[:n],
+            logprobs=row.logprobs[:n],
+            top_logprobs=row.top_logprobs[:n],
+            finish_reason=row.finish,
+            n_prompt_tokens=len(row.request.prompt),
+            first_token_seconds=row.first - row.started,
+            seconds=time.perf_counter() - row.started,
         )
-        new_ids = generate(
+
+    def _text(self, ids: Sequence[int], stop: Sequence[str]) -> str | None:
+        if isinstance(self.tokenizer, NoTokenizer):
+            return None
+        text = TextStream(self.tokenizer.token_bytes, stop)
+        whole = text.push(ids)
+        return whole if text.stopped else whole + text.finish()
+
+    def _search(
+        self, requests: Sequence[Request], options: Options
+    ) -> "list[list[Completion]]":
+        """Beam search: for each request its best hypotheses."""
+        start = time.perf_counter()
+        found = beam_search(
             self.model,
             self.params,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=secrets.randbits(32) if seed is None else seed,
-            eot_id=self.tokenizer.eot_id,
-            n_valid=self.tokenizer.vocab_size,
+            [r.prompt for r in requests],
+            sampling_of(requests, len(requests), self.config.vocab_size),
+            num_beams=options.num_beams,
+            num_return_sequences=options.num_return_sequences,
+            max_new_tokens=[r.options.new_tokens(len(r.prompt)) for r in requests],
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
+            n_valid=self._n_valid,
+            table_QV=self._table(options),
         )
-        results: list[Any] = new_ids
-        if is_text:
-            decode = self.tokenizer.decode
-            results = [
-                decode([*old, *new])[len(decode(old)) :]
-                for old, new in zip(prompts, new_ids, strict=True)
+        seconds = time.perf_counter() - start
+        return [
+            [
+                Completion(
+                    index=i,
+                    text=self._text(h.ids, ()),
+                    token_ids=h.ids,
+                    logprobs=h.logprobs,
+                    top_logprobs=[],
+                    finish_reason=h.finish_reason,
+                    n_prompt_tokens=len(request.prompt),
+                    first_token_seconds=seconds,
+                    seconds=seconds,
+                    score=h.score,
+                )
+                for h in hypotheses
             ]
-        return results if is_batch else results[0]
+            for i, (request, hypotheses) in enumerate(zip(requests, found, strict=True))
+        ]
+
+    def _request(
+        self, i: int, ids: list[int], options: Options, draw: tuple[int, int, int]
+    ) -> Request:
+        """Raises ValueError when the model can't do it."""
+        eot_id, encode = self.tokenizer.eot_id, self.tokenizer.encode
+        words: list[tuple[int, ...]] = []
+        for word in options.bad_words:
+            if isinstance(word, str):
+                words += {tuple(encode(word)), tuple(encode(" " + word))}
+            else:
+                words.append(tuple(word))
+        end_ids = [eot_id] if eot_id >= 0 else []
+        request = Request(
+            ids,
+            options,
+            draw,
+            end_ids=(*end_ids, *options.stop_token_ids),
+            bad_words=tuple(words),
+            pause_V=self._pause(tuple(options.stop)) if options.stop else None,
+        )
+        try:
+            check(request, self.config, self._n_valid)
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+        return request
+
+    def _pause(self, stop: tuple[str, ...]) -> np.ndarray:
+        if stop not in self._pauses:
+            self._pauses[stop] = completing_tokens(self.tokenizer.token_bytes, stop)
+        return self._pauses[stop]
+
+    @property
+    def _n_valid(self) -> int:
+        """Ids from here on pad the vocabulary."""
+        return self.tokenizer.vocab_size
+
+    def _decoder(self, n_slots: int, options: Options, draft: Draft) -> Decoder:
+        return Decoder(
+            self.model,
+            self.params,
+            n_slots=n_slots,
+            n_valid=self._n_valid,
+            table_QV=self._table(options),
+            n_top=options.logprobs,
+            draft=draft,
+            mesh=self.mesh,
+        )
+
+    def _table(self, options: Options) -> np.ndarray | None:
+        if options.table is None:
+            return None
+        padding = self.config.vocab_size - options.table.shape[1]
+        return np.pad(options.table, ((0, 0), (0, padding)), constant_values=-1)
+
+    def _draft(self, draft: "str | LanguageModel | None", n_draft: int) -> Draft:
+        if not 1 <= integer("n_draft", n_draft) <= 32:
+            raise ValueError(f"{n_draft=} must be in [1, 32]")
+        if draft is None:
+            return NO_DRAFT
+        if draft == "prompt_lookup":
+            return Draft(n_draft)
+        if not isinstance(draft, LanguageModel):
+            raise ValueError(f"{draft=} must be a LanguageModel or 'prompt_lookup'")
+        for name in ("vocab_size", "n_positions"):
+            ours, theirs = getattr(self.config, name), getattr(draft.config, name)
+            if theirs < ours or (name == "vocab_size" and theirs != ours):
+                raise ValueError(f"the draft's {name}={theirs} does not suit {ours}")
+        return Draft(n_draft, draft.model, draft.params)
 
     def _encode(self, prompt: Any) -> tuple[list[list[int]], bool, bool]:
         """Prompts as ids; whether they were text; whether there was a list of them."""
@@ -175,6 +481,14 @@ class LanguageModel:
 
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) or [self.tokenizer.eot_id]
+
+
+def _one_sequence(options: Options, what: str) -> Options:
+    """Raises ValueError on what gives several texts for a prompt."""
+    for name, one in (("num_return_sequences", 1), ("best_of", 0), ("num_beams", 1)):
+        if getattr(options, name) != one:
+            raise ValueError(f"{what} has no {name}={getattr(options, name)}")
+    return options
 
 
 @partial(jax.jit, static_argnames="model")

@@ -28,7 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.attention import causal_attention
+from gpt2_jax.attention import cached_attention, causal_attention
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
 
@@ -176,20 +176,24 @@ class Attention(nn.Module):
         std, rest = cfg.initializer_range, (cfg.bias, self.dtype, self.param_dtype)
         qkv_BT3HK = Linear((cfg.n_embd,), (3, *heads), std, *rest, name="c_attn")(x_BTD)
         q_BTHK, k, v = (x[:, :, 0] for x in jnp.split(qkv_BT3HK, 3, axis=2))
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
         scale = cfg.head_dim**-0.5 if cfg.scale_attn_weights else 1.0
         if cfg.scale_attn_by_inverse_layer_idx:
             scale = scale / (layer + 1)
-        att_BTHK = causal_attention(
-            q_BTHK,
-            k,
-            v,
-            positions_BT,
-            scale=scale,
-            dropout_rate=cfg.attn_pdrop,
-            dropout_key=dropout_key,
-        )
+        if cache is not None:
+            held = cache.k_BHSK[layer], cache.v_BHSK[layer]
+            att_BTHK, k, v = cached_attention(
+                q_BTHK, k, v, *held, cache.length_B, scale=scale
+            )
+        else:
+            att_BTHK = causal_attention(
+                q_BTHK,
+                k,
+                v,
+                positions_BT,
+                scale=scale,
+                dropout_rate=cfg.attn_pdrop,
+                dropout_key=dropout_key,
+            )
         std = residual_stddev(cfg)
         y_BTD = Linear(heads, (cfg.n_embd,), std, *rest, name="c_proj")(att_BTHK)
         return y_BTD, None if cache is None else (k, v)
@@ -283,7 +287,9 @@ class GPT2(nn.Module):
             raise ValueError(f"{T=} tokens exceed {what}={limit}")
         positions_BT = jnp.arange(T)[None]
         if cache is not None:
+            # A guess past the end of the context is computed and never used.
             positions_BT = positions_BT + cache.length_B[:, None]
+            positions_BT = jnp.minimum(positions_BT, cfg.n_positions - 1)
         key = None if deterministic else self.make_rng("dropout")
         fold = lambda i: None if key is None else jax.random.fold_in(key, i)  # noqa: E731
 

@@ -1,9 +1,14 @@
 """From logits to a token: filters that compose, then one draw.
 
-The order is: repetition penalty, temperature, top-k, top-p, draw. Every value is
-an array with an entry a row, so that one compiled program serves every mixture
-of options in a batch. Tokens that a filter takes out get a logit of -inf.
+The order is: logit bias, repetition, presence and frequency penalty, no-repeat
+n-grams, bad words, the table of allowed tokens, minimum length; temperature; top-k,
+top-p, min-p, typical-p; draw. Every value is an array with an entry a row, so that one
+compiled program serves every mixture of options in a batch. Tokens that a filter takes
+out get a logit of -inf.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,46 +18,86 @@ import numpy as np
 Array = jax.Array | np.ndarray
 
 
-@flax.struct.dataclass
-class Sampling:
-    """Options of each row of a batch, arrays of shape [B]."""
+class Sampling(flax.struct.PyTreeNode):
+    """What each row of a batch asks for; `options.Options` says what it means."""
 
-    temperature: Array  # float32; 0: greedy
-    top_k: Array  # int32; 0: off
-    top_p: Array  # float32; 1: off
-    repetition_penalty: Array  # float32; 1: off
+    temperature_B: Array  # float32; 0: greedy
+    top_k_B: Array  # int32; 0: off
+    top_p_B: Array  # float32; 1: off
+    min_p_B: Array  # float32; 0: off
+    typical_p_B: Array  # float32; 1: off
+    repetition_penalty_B: Array  # float32; 1: off
+    presence_penalty_B: Array  # float32; 0: off
+    frequency_penalty_B: Array  # float32; 0: off
+    no_repeat_ngram_size_B: Array  # int32; 0: off
+    min_new_tokens_B: Array  # int32
+    bias_BV: Array  # float32, added to the logits; -inf: never drawn
+    ends_BV: Array  # bool, tokens that end the row
+    # int32: W sequences of two tokens or more, each with -1 before it; none: all -1
+    bad_words_BWL: Array
 
     @classmethod
-    def create(
-        cls,
-        batch: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-    ) -> "Sampling":
-        """The same options for each of `batch` rows.
-
-        Raises:
-          ValueError: on a value outside its range, naming both.
-        """
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature} must be finite and >= 0")
-        if isinstance(top_k, bool) or top_k != int(top_k) or not 0 <= top_k < 2**31:
-            raise ValueError(f"top_k={top_k} must be an integer >= 0 (0: off)")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p} must be in (0, 1] (1: off)")
-        if not 0 < repetition_penalty < float("inf"):
-            raise ValueError(
-                f"repetition_penalty={repetition_penalty} must be finite and > 0"
-            )
-        return cls(
-            np.full(batch, temperature, np.float32),
-            np.full(batch, top_k, np.int32),
-            np.full(batch, top_p, np.float32),
-            np.full(batch, repetition_penalty, np.float32),
+    def create(cls, batch: int, vocab_size: int, **values: Any) -> "Sampling":
+        """All options off, but for those given by name (without _B) for all rows."""
+        neutral: dict[str, Any] = dict(
+            temperature=np.float32(1),
+            top_k=np.int32(0),
+            top_p=np.float32(1),
+            min_p=np.float32(0),
+            typical_p=np.float32(1),
+            repetition_penalty=np.float32(1),
+            presence_penalty=np.float32(0),
+            frequency_penalty=np.float32(0),
+            no_repeat_ngram_size=np.int32(0),
+            min_new_tokens=np.int32(0),
         )
+        if unknown := values.keys() - neutral.keys():
+            raise TypeError(f"unknown sampling option {min(unknown)!r}")
+        rows = {
+            f"{name}_B": np.full(batch, values.get(name, off), off.dtype)
+            for name, off in neutral.items()
+        }
+        return cls(
+            **rows,
+            bias_BV=np.zeros((batch, vocab_size), np.float32),
+            ends_BV=np.zeros((batch, vocab_size), bool),
+            bad_words_BWL=np.full((batch, *MIN_BAD_WORDS), -1, np.int32),
+        )
+
+
+MIN_BAD_WORDS = (8, 8)  # room for words and tokens a word, before another compilation
+
+
+class History(flax.struct.PyTreeNode):
+    """What the edits of the logits depend on: the tokens of each row so far."""
+
+    tokens_BS: jax.Array  # int32: prompt, then what was drawn
+    length_B: jax.Array  # int32: tokens in the row
+    n_new_B: jax.Array  # int32: of these, drawn (those that slid out count too)
+    prompt_BV: jax.Array  # bool: the prompt holds this token
+    counts_BV: jax.Array  # int32: how often it was drawn
+    state_B: jax.Array  # int32: row of the table of allowed tokens
+
+    def append(
+        self, token_B: jax.Array, grown_B: jax.Array, table_QV: jax.Array | None
+    ) -> "History":
+        """With one more token in each row where `grown_B` is true."""
+        rows_B = jnp.arange(token_B.shape[0])
+        at_B = jnp.where(grown_B, self.length_B, self.tokens_BS.shape[1])
+        grown = grown_B.astype(jnp.int32)
+        state_B = self.state_B
+        if table_QV is not None:
+            state_B = jnp.where(grown_B, table_QV[state_B, token_B], state_B)
+        return self.replace(
+            tokens_BS=self.tokens_BS.at[rows_B, at_B].set(token_B, mode="drop"),
+            length_B=self.length_B + grown,
+            n_new_B=self.n_new_B + grown,
+            counts_BV=self.counts_BV.at[rows_B, token_B].add(grown),
+            state_B=state_B,
+        )
+
+
+# --- Edits of the logits, before temperature ------------------------------------------
 
 
 def penalize_repetition(
@@ -70,10 +115,116 @@ def penalize_repetition(
     return jnp.where(seen_BV, penalized_BV, logits_BV)
 
 
+def penalize_counts(
+    logits_BV: jax.Array, counts_BV: jax.Array, presence_B: Array, frequency_B: Array
+) -> jax.Array:
+    """Minus `presence` for a token that was drawn, and `frequency` for each time."""
+    drawn_BV = (counts_BV > 0).astype(logits_BV.dtype)
+    return (
+        logits_BV
+        - presence_B[:, None] * drawn_BV
+        - frequency_B[:, None] * counts_BV.astype(logits_BV.dtype)
+    )
+
+
+def forbid_repeated_ngrams(
+    logits_BV: jax.Array, tokens_BS: jax.Array, length_B: jax.Array, n_B: Array
+) -> jax.Array:
+    """No token that would make an n-gram of the row occur a second time; n = 0: all.
+
+    Source: Paulus et al., https://arxiv.org/abs/1705.04304, section 2.5.
+    """
+    at_S = jnp.arange(tokens_BS.shape[1])
+    n_B1 = n_B[:, None]
+
+    # A token at position e is out if the n - 1 tokens before it are the row's last.
+    def same_m_before(m, match_BS):
+        last_B1 = jnp.take_along_axis(
+            tokens_BS, jnp.maximum(length_B - m, 0)[:, None], axis=1
+        )
+        same_BS = (jnp.roll(tokens_BS, m, axis=1) == last_B1) & (at_S >= m)
+        return match_BS & (same_BS | (m >= n_B1))
+
+    match_BS = (at_S < length_B[:, None]) & (n_B1 > 0)
+    match_BS = jax.lax.fori_loop(1, jnp.max(n_B), same_m_before, match_BS)
+    return _forbid(logits_BV, jnp.where(match_BS, tokens_BS, -1))
+
+
+def forbid_bad_words(
+    logits_BV: jax.Array,
+    tokens_BS: jax.Array,
+    length_B: jax.Array,
+    words_BWL: Array,
+) -> jax.Array:
+    """No token that would complete one of the sequences (padded with -1 in front)."""
+    n_before = words_BWL.shape[2] - 1
+    at_BL = length_B[:, None] - n_before + jnp.arange(n_before)
+    recent_BL = jnp.take_along_axis(tokens_BS, jnp.maximum(at_BL, 0), axis=1)
+    recent_BL = jnp.where(at_BL < 0, -2, recent_BL)
+    before_BWL, last_BW = words_BWL[..., :-1], words_BWL[..., -1]
+    same_BWL = (before_BWL == recent_BL[:, None]) | (before_BWL == -1)
+    return _forbid(logits_BV, jnp.where(same_BWL.all(-1), last_BW, -1))
+
+
+def _forbid(logits_BV: jax.Array, ids_BN: jax.Array) -> jax.Array:
+    """-inf for these ids; -1 stands for none."""
+    B, V = logits_BV.shape
+    ids_BN = jnp.where(ids_BN < 0, V, ids_BN)
+    return logits_BV.at[jnp.arange(B)[:, None], ids_BN].set(-jnp.inf, mode="drop")
+
+
+def edit_logits(
+    logits_BV: jax.Array,
+    history: History,
+    sampling: Sampling,
+    table_QV: jax.Array | None = None,
+) -> jax.Array:
+    """All that comes before temperature, in order; what no row asks for costs nothing.
+
+    Args:
+      table_QV: int32, for each state and token the next state, -1: not allowed.
+    """
+    h, s = history, sampling
+    logits_BV = logits_BV + s.bias_BV
+    logits_BV = _if_any(
+        s.repetition_penalty_B != 1,
+        lambda x: penalize_repetition(
+            x, h.prompt_BV | (h.counts_BV > 0), s.repetition_penalty_B
+        ),
+        logits_BV,
+    )
+    logits_BV = _if_any(
+        (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0),
+        lambda x: penalize_counts(
+            x, h.counts_BV, s.presence_penalty_B, s.frequency_penalty_B
+        ),
+        logits_BV,
+    )
+    logits_BV = _if_any(
+        s.no_repeat_ngram_size_B > 0,
+        lambda x: forbid_repeated_ngrams(
+            x, h.tokens_BS, h.length_B, s.no_repeat_ngram_size_B
+        ),
+        logits_BV,
+    )
+    logits_BV = _if_any(
+        s.bad_words_BWL >= 0,
+        lambda x: forbid_bad_words(x, h.tokens_BS, h.length_B, s.bad_words_BWL),
+        logits_BV,
+    )
+    if table_QV is not None:
+        logits_BV = jnp.where(table_QV[h.state_B] >= 0, logits_BV, -jnp.inf)
+    too_short_B = h.n_new_B < s.min_new_tokens_B
+    return jnp.where(too_short_B[:, None] & s.ends_BV, -jnp.inf, logits_BV)
+
+
+# --- Filters, after temperature -------------------------------------------------------
+
+
 def keep_top_k(logits_BV: jax.Array, k_B: Array) -> jax.Array:
     """Only the k largest logits of a row stay (and their equals); k = 0: all."""
-    kept_BV = _keep_largest(logits_BV, jnp.ones_like(logits_BV), k_B)
-    return jnp.where((k_B > 0)[:, None], kept_BV, logits_BV)
+    kept_BV = _largest(logits_BV, jnp.ones_like(logits_BV), k_B)
+    return jnp.where(kept_BV | (k_B <= 0)[:, None], logits_BV, -jnp.inf)
 
 
 def keep_top_p(logits_BV: jax.Array, p_B: Array) -> jax.Array:
@@ -82,19 +233,41 @@ def keep_top_p(logits_BV: jax.Array, p_B: Array) -> jax.Array:
     The token that crosses p stays too (and its equals), so at least one does.
     Source: Holtzman et al., https://arxiv.org/abs/1904.09751, section 3.1.
     """
-    kept_BV = _keep_largest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), p_B)
-    return jnp.where((p_B < 1)[:, None], kept_BV, logits_BV)
+    kept_BV = _largest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), p_B)
+    return jnp.where(kept_BV | (p_B >= 1)[:, None], logits_BV, -jnp.inf)
 
 
-def _keep_largest(
-    logits_BV: jax.Array, weights_BV: jax.Array, target_B: Array
-) -> jax.Array:
-    """The fewest of the largest logits whose weights sum to at least the target.
+def keep_min_p(logits_BV: jax.Array, p_B: Array) -> jax.Array:
+    """Only tokens of at least p times the greatest probability stay; p = 0: all.
 
-    Floats keep their order as integers, so the smallest logit to stay is found bit
-    by bit, in 32 passes: on CPU ten times faster than a sort of the vocabulary.
+    Source: Nguyen et al., https://arxiv.org/abs/2407.01082.
     """
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV.astype(jnp.float32), jnp.uint32)
+    probs_BV = jax.nn.softmax(logits_BV, axis=-1)
+    least_B1 = p_B[:, None] * probs_BV.max(axis=-1, keepdims=True)
+    return jnp.where(probs_BV >= least_B1, logits_BV, -jnp.inf)
+
+
+def keep_typical_p(logits_BV: jax.Array, p_B: Array) -> jax.Array:
+    """Tokens stay whose surprise is nearest to the mean one, until they reach p.
+
+    The token that crosses p stays too; p = 1: all. Source: Meister et al., locally
+    typical sampling, https://arxiv.org/abs/2202.00666.
+    """
+    logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    probs_BV = jnp.exp(logp_BV)
+    finite_BV = jnp.where(probs_BV > 0, logp_BV, 0.0)
+    entropy_B1 = -jnp.sum(probs_BV * finite_BV, axis=-1, keepdims=True)
+    kept_BV = _largest(-jnp.abs(logp_BV + entropy_B1), probs_BV, p_B)
+    return jnp.where(kept_BV | (p_B >= 1)[:, None], logits_BV, -jnp.inf)
+
+
+def _largest(values_BV: jax.Array, weights_BV: jax.Array, target_B: Array) -> jax.Array:
+    """bool: the fewest of the largest values whose weights reach the target together.
+
+    Floats keep their order as integers, so the smallest value to stay is found bit by
+    bit, in 32 passes: on CPU ten times faster than a sort of the vocabulary.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(values_BV.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     order_BV = jnp.where(bits_BV & sign, ~bits_BV, bits_BV | sign)
 
@@ -105,54 +278,49 @@ def _keep_largest(
         return jnp.where(enough_B, higher_B, least_B)
 
     least_B = jax.lax.fori_loop(
-        0, 32, raise_bit, jnp.zeros(logits_BV.shape[0], jnp.uint32)
+        0, 32, raise_bit, jnp.zeros(values_BV.shape[0], jnp.uint32)
     )
-    return jnp.where(order_BV >= least_B[:, None], logits_BV, -jnp.inf)
+    return order_BV >= least_B[:, None]
 
 
-def process_logits(
-    logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling
-) -> jax.Array:
-    """All filters in their order; a filter that no row asks for costs nothing.
+def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Temperature and all filters after it, in order.
 
-    A row with temperature 0 keeps its logits undivided (its token is the argmax).
+    A row with temperature 0 keeps its logits as they are (its token is the argmax).
     """
-
-    def if_any(asked_B, fn, x):
-        return jax.lax.cond(jnp.any(asked_B), fn, lambda x: x, x)
-
     s = sampling
-    logits_BV = if_any(
-        s.repetition_penalty != 1,
-        lambda x: penalize_repetition(x, seen_BV, s.repetition_penalty),
-        logits_BV,
+    drawn_B = s.temperature_B > 0
+    logits_BV = logits_BV / jnp.where(drawn_B, s.temperature_B, 1.0)[:, None]
+    filters: tuple[tuple[Array, Callable[[jax.Array], jax.Array]], ...] = (
+        (s.top_k_B > 0, lambda x: keep_top_k(x, s.top_k_B)),
+        (s.top_p_B < 1, lambda x: keep_top_p(x, s.top_p_B)),
+        (s.min_p_B > 0, lambda x: keep_min_p(x, s.min_p_B)),
+        (s.typical_p_B < 1, lambda x: keep_typical_p(x, s.typical_p_B)),
     )
-    divisor_B = jnp.where(s.temperature > 0, s.temperature, 1.0)
-    logits_BV = logits_BV / divisor_B[:, None]
-    drawn_B = s.temperature > 0
-    logits_BV = if_any(
-        drawn_B & (s.top_k > 0), lambda x: keep_top_k(x, s.top_k), logits_BV
-    )
-    return if_any(drawn_B & (s.top_p < 1), lambda x: keep_top_p(x, s.top_p), logits_BV)
+    for asked_B, keep in filters:
+        logits_BV = _if_any(drawn_B & asked_B, keep, logits_BV)
+    return logits_BV
 
 
-def sample(
-    logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling, key_B: jax.Array
+def _if_any(
+    asked: Array, fn: Callable[[jax.Array], jax.Array], x: jax.Array
 ) -> jax.Array:
-    """One token a row, int32 [B]: the argmax at temperature 0, else a draw.
+    return jax.lax.cond(jnp.any(asked), fn, lambda x: x, x)
+
+
+def sample(logits_BV: jax.Array, sampling: Sampling, key_B: jax.Array) -> jax.Array:
+    """One token a row, int32 [B], of edited logits: the argmax at temperature 0, else
+    a draw after all filters.
 
     Args:
-      logits_BV: float32; ids that must not be drawn are at -inf.
-      seen_BV: bool, the tokens that the repetition penalty is for.
-      sampling: the options of each row.
       key_B: a PRNG key a row, so that no row depends on its batch mates.
     """
-    logits_BV = process_logits(logits_BV, seen_BV, sampling)
     greedy_B = jnp.argmax(logits_BV, axis=-1)
+    drawn_B = sampling.temperature_B > 0
 
     def draw():
-        drawn_B = jax.vmap(jax.random.categorical)(key_B, logits_BV)
-        return jnp.where(sampling.temperature > 0, drawn_B, greedy_B)
+        filtered_BV = filter_logits(logits_BV, sampling)
+        token_B = jax.vmap(jax.random.categorical)(key_B, filtered_BV)
+        return jnp.where(drawn_B, token_B, greedy_B)
 
-    any_drawn = jnp.any(sampling.temperature > 0)
-    return jax.lax.cond(any_drawn, draw, lambda: greedy_B).astype(jnp.int32)
+    return jax.lax.cond(jnp.any(drawn_B), draw, lambda: greedy_B).astype(jnp.int32)

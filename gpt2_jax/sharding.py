@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,6 +92,25 @@ def on_device(tree: Any, device: jax.Device) -> Any:
 def batch_sharding(mesh: Mesh, ndim: int, axis: int) -> NamedSharding:
     """Examples lie along dimension `axis` of an array of `ndim` dimensions."""
     return NamedSharding(mesh, P(*(BATCH if i == axis else None for i in range(ndim))))
+
+
+def row_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of what decoding holds: rows lie along the first axis of each leaf.
+
+    Heads, the second axis of a cache's arrays, are spread over the tensor axis. Rows
+    that don't divide evenly are not spread.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        spread = shape and shape[0] % n_batch_shards(mesh) == 0
+        axes: list[Any] = [BATCH if spread else None]
+        names = [str(getattr(key, "name", "")) for key in path]
+        if any(name in ("k_BHSK", "v_BHSK") for name in names):
+            axes.append("tensor" if shape[1] % mesh.shape["tensor"] == 0 else None)
+        return NamedSharding(mesh, P(*axes) if shape else P())
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
     def eot_id(self) -> int:
         """The end-of-text token: it follows every document."""
 
+    @property
+    def token_bytes(self) -> Sequence[bytes]:
+        """What each id stands for. ValueError where there is no text."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. ValueError on a lone surrogate."""
 
@@ -56,6 +60,10 @@ class _TableTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self._table)
+
+    @property
+    def token_bytes(self) -> Sequence[bytes]:
+        return self._table
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._bytes(ids).decode("utf-8", errors="replace")
@@ -157,6 +165,10 @@ class NoTokenizer:
 
     def __init__(self, vocab_size: int, eot_id: int, why: str):
         self.vocab_size, self.eot_id, self.why = vocab_size, eot_id, why
+
+    @property
+    def token_bytes(self) -> Sequence[bytes]:
+        raise ValueError(f"text needs a tokenizer: {self.why}")
 
     def encode(self, text: str) -> list[int]:
         raise ValueError(f"text needs a tokenizer, give token ids: {self.why}")

@@ -25,7 +25,7 @@ from gpt2_jax.data.prepare import prepared_folder
 from gpt2_jax.evaluate import check_batch, evaluate, make_eval_step
 from gpt2_jax.generate import generate
 from gpt2_jax.model import GPT2, count_params, dtype_named
-from gpt2_jax.sampling import Sampling
+from gpt2_jax.options import Options
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from gpt2_jax.train_step import TrainState, abstract_state, init_state, train_step
 
@@ -409,11 +409,11 @@ class _Run:
             self.model,
             state.params,
             [ids],
-            max_new_tokens=self.cfg.eval.sample_tokens,
-            sampling=Sampling.create(1),
+            Options(max_new_tokens=self.cfg.eval.sample_tokens),
             seed=self.cfg.seed,
-            eot_id=self.tokenizer.eot_id,
+            end_ids=[self.tokenizer.eot_id],
             n_valid=self.tokenizer.vocab_size,
+            mesh=self.mesh,
         )
         return prompt + self.tokenizer.decode(new_ids)
 

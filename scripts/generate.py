@@ -1,6 +1,7 @@
 """Generates text from a run's checkpoint, or from any GPT-2.
 
 python scripts/generate.py --workdir=runs/quickstart --prompt="The import statement"
+python scripts/generate.py --workdir=openai-community/gpt2 --prompt="Once" --stream
 """
 
 from absl import flags
@@ -13,28 +14,33 @@ _WORKDIR = flags.DEFINE_string(
 )
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; none: the latest.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to go on from; repeatable.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "At most so many.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0: the most probable token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most probable; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from this probability mass; 1: all.")
-_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "1: none.")
-_SEED = flags.DEFINE_integer("seed", None, "Same seed, same text; none: fresh.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "float32, bfloat16 or int8.")
+_STREAM = flags.DEFINE_bool("stream", False, "Print each text as it comes.")
+_DRAFT = flags.DEFINE_string(
+    "draft", None, "A smaller model that guesses ahead, or prompt_lookup."
+)
+_N_DRAFT = flags.DEFINE_integer("n_draft", 4, "Guesses a step.")
+cli.define_options()
+flags.adopt_module_key_flags(cli)
 
 
 def main(_: list[str]) -> None:
     lm = gpt2_jax.load(_WORKDIR.value, step=_STEP.value, dtype=_DTYPE.value)
-    texts = lm.generate(
-        _PROMPT.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        repetition_penalty=_REPETITION_PENALTY.value,
-        seed=_SEED.value,
-    )
+    options = {**cli.given_options(), "n_draft": _N_DRAFT.value}
+    options["draft"] = _DRAFT.value
+    if _DRAFT.value not in (None, "prompt_lookup"):
+        options["draft"] = gpt2_jax.load(_DRAFT.value, dtype=_DTYPE.value)
+    if _STREAM.value:
+        for prompt in _PROMPT.value:
+            print(prompt, end="", flush=True)
+            for piece in lm.stream(prompt, **options):
+                print(piece, end="", flush=True)
+            print()
+        return
+    texts = lm.generate(_PROMPT.value, **options)
     for prompt, text in zip(_PROMPT.value, texts, strict=True):
-        print(prompt + text)
+        for one in [text] if isinstance(text, str) else text:
+            print(prompt + one)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""From tokens to text as they come: whole characters only, and never a stop string."""
+
+import codecs
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class TextStream:
+    """The text of one row.
+
+    Bytes that may be the beginning of a stop string, or of a character that is not
+    whole yet, are held back until it is known what becomes of them.
+
+    Args:
+      token_bytes: what each id stands for.
+      stop: the row ends before the first of these.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
+        self._token_bytes = token_bytes
+        self._stop = [s.encode() for s in stop]
+        self._bytes = bytearray()
+        self._given = 0  # bytes that went out
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._starts: list[int] = []  # where each token begins
+        self.stopped = False
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that is certain now. What follows a stop string is dropped."""
+        for i in ids:
+            if self.stopped:
+                break
+            self._starts.append(len(self._bytes))
+            self._bytes += self._token_bytes[i]
+            self._find_stop(self._starts[-1])
+        end = len(self._bytes) - (0 if self.stopped else self._pending())
+        return self._give(end, final=False)
+
+    def finish(self) -> str:
+        """What was held back, when nothing more comes."""
+        return self._give(len(self._bytes), final=True)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many of the tokens begin before the stop string."""
+        return sum(start < len(self._bytes) for start in self._starts)
+
+    def _give(self, end: int, final: bool) -> str:
+        piece = bytes(self._bytes[self._given : end])
+        self._given = end
+        return self._decoder.decode(piece, final)
+
+    def _find_stop(self, new: int) -> None:
+        """Cuts at the earliest stop string that ends after byte `new`."""
+        at = [self._bytes.find(s, max(0, new - len(s) + 1)) for s in self._stop]
+        if found := [i for i in at if i >= 0]:
+            self.stopped = True
+            del self._bytes[min(found) :]
+
+    def _pending(self) -> int:
+        """Length of the longest end of the text that some stop string begins with."""
+        return max(
+            (
+                n
+                for s in self._stop
+                for n in range(1, min(len(s), len(self._bytes) + 1))
+                if self._bytes.endswith(s[:n])
+            ),
+            default=0,
+        )
+
+
+def completing_tokens(token_bytes: Sequence[bytes], stop: Sequence[str]) -> np.ndarray:
+    """bool [number of ids]: the tokens with which a stop string can be complete."""
+    whole = [s.encode() for s in stop]
+    ends = tuple(s[i:] for s in whole for i in range(len(s)))
+    return np.array(
+        [t.startswith(ends) or any(s in t for s in whole) for t in token_bytes], bool
+    )
