@@ -12,9 +12,8 @@ What is searched for, and when a search ends, is what transformers 5 does
 - A hypothesis scores sum(log p) / n**length_penalty, for n new tokens with the ending
   one. With max_new_tokens, everything ends.
 
-Two things are cleaner here. What can't be (a beam before there are M, a token that is
-not allowed) scores -inf rather than -1e9, so it never enters the pool. And prompts do
-not wait for each other: a row is what it would be alone.
+One thing differs: what can't be (a beam before there are M, a token that is not
+allowed) scores -inf rather than -1e9, so that it is never taken for a hypothesis.
 """
 
 import dataclasses
@@ -39,9 +38,9 @@ class Hypothesis:
     """One continuation of a prompt."""
 
     ids: list[int]  # new tokens, without the one that ended it
-    score: float  # sum of the log-probabilities / n**length_penalty
+    score: float  # sum of the edited log-probabilities / n**length_penalty
     finish_reason: str  # "stop": by one of the ends; "length": by max_new_tokens
-    logprobs: list[float]  # of each of `ids`, as edited: what the score sums up
+    logprobs: list[float]  # of each of `ids`, under the model's own distribution
 
 
 def beam_search(
@@ -52,7 +51,7 @@ def beam_search(
     *,
     num_beams: int,
     num_return_sequences: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     n_valid: int,
@@ -65,6 +64,7 @@ def beam_search(
       sampling: a row a prompt; only its edits of the logits are used, on
         log-probabilities that are not normalized again, and its ends.
       num_beams: M; 1 is greedy search: it stops with the first hypothesis.
+      max_new_tokens: of all prompts, or of each.
       length_penalty: exponent of the length that divides a score; > 0 favours long
         hypotheses, as log-probabilities are negative.
       early_stopping: with M finished hypotheses a prompt's search ends at once (True);
@@ -82,30 +82,31 @@ def beam_search(
       ValueError: before anything is compiled, on an option out of its range, an empty
         prompt, or a length over n_positions.
     """
-    limit = model.cfg.n_positions
+    n_positions = model.cfg.n_positions
     if not 1 <= num_return_sequences <= num_beams:
         raise ValueError(f"{num_return_sequences=} is not in [1, {num_beams=}]")
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be >= 1")
     if early_stopping not in EARLY_STOPPING:
         raise ValueError(f"{early_stopping=} is not one of {EARLY_STOPPING}")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {row} is empty")
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {row} of {len(prompt)} tokens + {max_new_tokens=} exceeds "
-                f"n_positions={limit}"
-            )
     if not prompts:
         return []
-
     length_G = np.array([len(p) for p in prompts], np.int32)
-    longest = int(length_G.max())
-    tokens_GT = np.zeros((len(prompts), bucket(longest, limit)), np.int32)
+    limit_G = np.broadcast_to(np.asarray(max_new_tokens, np.int32), length_G.shape)
+    for row, (n, n_new) in enumerate(zip(length_G, limit_G, strict=True)):
+        if n == 0:
+            raise ValueError(f"prompt {row} is empty")
+        if n_new < 1:
+            raise ValueError(f"max_new_tokens={n_new} of prompt {row} must be >= 1")
+        if n + n_new > n_positions:
+            raise ValueError(
+                f"prompt {row} of {n} tokens + max_new_tokens={n_new} exceeds "
+                f"{n_positions=}"
+            )
+
+    T = bucket(int(length_G.max()), n_positions)
+    tokens_GT = np.zeros((len(prompts), T), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_GT[row, : len(prompt)] = prompt
-    size = bucket(longest + max_new_tokens, limit)
+    size = bucket(int((length_G + limit_G).max()), n_positions)
     state = start(model, params, tokens_GT, length_G, size, num_beams)
     state = search(
         model,
@@ -113,7 +114,7 @@ def beam_search(
         state,
         sampling,
         table_QV,
-        np.int32(max_new_tokens),
+        limit_G,
         np.float32(length_penalty),
         np.int32(EARLY_STOPPING.index(early_stopping if num_beams > 1 else True)),
         np.int32(n_valid),
@@ -156,8 +157,8 @@ class BeamState:
     """All that a step of the search reads and writes."""
 
     history: History  # of the beams; their last token is not in the cache yet
-    logp_BS: jax.Array  # float32: of their new tokens, each at its place
-    score_B: jax.Array  # float32: the sum of these; -inf: no beam
+    logp_BS: jax.Array  # float32: of their new tokens, each at its place, not edited
+    score_B: jax.Array  # float32: sum of the edited ones; -inf: no beam
     cache: KVCache
     finished: Finished
     closed_G: jax.Array  # bool: the prompt's search is over
@@ -217,17 +218,18 @@ def search(
     state: BeamState,
     sampling: Sampling,
     table_QV: jax.Array | None,
-    max_new_tokens: jax.Array,
+    limit_G: jax.Array,
     length_penalty: jax.Array,
     early_stopping: jax.Array,
     n_valid: jax.Array,
 ) -> BeamState:
-    """Steps until no prompt's pool can improve, or max_new_tokens.
+    """Steps until no prompt's pool can improve.
 
     Args:
       sampling: a row a prompt.
-      max_new_tokens, length_penalty, early_stopping, n_valid: scalars; early_stopping
-        is an index into EARLY_STOPPING.
+      limit_G: int32, max_new_tokens of each prompt.
+      length_penalty, early_stopping, n_valid: scalars; early_stopping is an index into
+        EARLY_STOPPING.
     """
     B, G, V = state.score_B.shape[0], state.closed_G.shape[0], model.cfg.vocab_size
     M = B // G
@@ -235,59 +237,68 @@ def search(
     valid_V = jnp.arange(V) < n_valid
     rows_B = jnp.arange(B)
 
-    def penalty(n_new: jax.Array) -> jax.Array:
-        return n_new.astype(jnp.float32) ** length_penalty
-
     def best(total_BV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of each prompt the M largest: totals, the beams they continue, tokens [B]."""
-        total_GM, at_GM = jax.lax.top_k(total_BV.reshape(G, M * V), M)
+        found = jax.lax.top_k(total_BV.reshape(G, M * V), M)
+        # Else XLA:CPU sorts all M * V where the caller takes a slice of the result.
+        total_GM, at_GM = jax.lax.optimization_barrier(found)
         beam_GM = at_GM // V + M * jnp.arange(G)[:, None]
         return total_GM.ravel(), beam_GM.ravel(), (at_GM % V).ravel()
 
     def step(s: BeamState) -> BeamState:
-        at_B = s.history.length_B  # the same for all beams of a prompt
+        # The beams of a prompt have the same length.
+        at_B, n_new_B = s.history.length_B, s.history.n_new_B + 1
+        n_new_G = n_new_B[::M]
+        open_B = ~jnp.repeat(s.closed_G, M)
+        at_limit_G = n_new_G >= limit_G
+
         last_B1 = jnp.take_along_axis(s.history.tokens_BS, at_B[:, None] - 1, axis=1)
         logits_B1V, cache = model.apply({"params": params}, last_B1, s.cache)
         logp_BV = jax.nn.log_softmax(jnp.where(valid_V, logits_B1V[:, 0], -jnp.inf))
-        logp_BV = edit_logits(logp_BV, s.history, sampling, table_QV)
-        total_BV = s.score_B[:, None] + logp_BV
-        n_new = s.history.n_new_B[0] + 1  # the same for all rows
-        at_limit = n_new >= max_new_tokens
+        edited_BV = edit_logits(logp_BV, s.history, sampling, table_QV)
+        total_BV = s.score_B[:, None] + edited_BV
+
+        def appended(array_BS, beam_B, value_B):
+            return array_BS[beam_B].at[rows_B, at_B].set(value_B, mode="drop")
 
         total_B, beam_B, token_B = best(total_BV)
         stopped_B = sampling.ends_BV[beam_B, token_B]
-        ended_B = (stopped_B | at_limit) & ~jnp.repeat(s.closed_G, M)
+        ended_B = (stopped_B | jnp.repeat(at_limit_G, M)) & open_B
+        score_B = total_B / _power(n_new_B, length_penalty)
         ending = Finished(
-            score_B=jnp.where(ended_B, total_B / penalty(n_new), -jnp.inf),
-            tokens_BS=s.history.tokens_BS[beam_B].at[rows_B, at_B].set(token_B),
-            logp_BS=s.logp_BS[beam_B].at[rows_B, at_B].set(logp_BV[beam_B, token_B]),
-            n_new_B=jnp.broadcast_to(n_new, (B,)),
+            score_B=jnp.where(ended_B, score_B, -jnp.inf),
+            tokens_BS=appended(s.history.tokens_BS, beam_B, token_B),
+            logp_BS=appended(s.logp_BS, beam_B, logp_BV[beam_B, token_B]),
+            n_new_B=n_new_B,
             stopped_B=stopped_B,
         )
         finished = _best_of(s.finished, ending, M)
 
-        score_B, beam_B, token_B = best(jnp.where(sampling.ends_BV, -jnp.inf, total_BV))
-        history, cache, kept_BS = jax.tree.map(
-            lambda x: x[beam_B], (s.history, cache, s.logp_BS)
-        )
-        worst_G = finished.score_B.reshape(G, M)[:, -1]  # -inf: there are not M yet
-        at_best = jnp.where(
+        total_B, beam_B, token_B = best(jnp.where(sampling.ends_BV, -jnp.inf, total_BV))
+        history, cache = jax.tree.map(lambda x: x[beam_B], (s.history, cache))
+        history = history.append(token_B, open_B, table_QV)
+        worst_G = finished.score_B[M - 1 :: M]  # -inf: there are not M yet
+        at_its_best_G = jnp.where(
             (early_stopping == EARLY_STOPPING.index("never")) & (length_penalty > 0),
-            max_new_tokens,
-            n_new,
+            limit_G,
+            n_new_G,
         )
-        hopeless_G = score_B.reshape(G, M)[:, 0] / penalty(at_best) <= worst_G
+        hopeless_G = total_B[::M] / _power(at_its_best_G, length_penalty) <= worst_G
         enough_G = (early_stopping == EARLY_STOPPING.index(True)) & (worst_G > -jnp.inf)
         return BeamState(
-            history=history.append(token_B, jnp.ones((B,), bool), table_QV),
-            logp_BS=kept_BS.at[rows_B, at_B].set(logp_BV[beam_B, token_B]),
-            score_B=score_B,
-            cache=cache,
+            history=history,
+            logp_BS=appended(s.logp_BS, beam_B, logp_BV[beam_B, token_B]),
+            score_B=total_B,
+            cache=dataclasses.replace(cache, length_B=history.length_B - 1),
             finished=finished,
-            closed_G=s.closed_G | hopeless_G | enough_G | at_limit,
+            closed_G=s.closed_G | hopeless_G | enough_G | at_limit_G,
         )
 
     return jax.lax.while_loop(lambda s: ~jnp.all(s.closed_G), step, state)
+
+
+def _power(n: jax.Array, exponent: jax.Array) -> jax.Array:
+    return n.astype(jnp.float32) ** exponent
 
 
 def _repeat(tree: Any, times: int) -> Any:

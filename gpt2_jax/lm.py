@@ -1,6 +1,7 @@
 """load(...) -> LanguageModel: text in, text out."""
 
 import dataclasses
+import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_jax.beam import beam_search
+from gpt2_jax.beam import Hypothesis, beam_search
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generate import (
     NO_DRAFT,
@@ -376,6 +377,7 @@ class LanguageModel:
             table_QV=self._table(options),
         )
         seconds = time.perf_counter() - start
+        nothing = Hypothesis([], -math.inf, "exhausted", [])
         return [
             [
                 Completion(
@@ -390,7 +392,7 @@ class LanguageModel:
                     seconds=seconds,
                     score=h.score,
                 )
-                for h in hypotheses
+                for h in hypotheses or [nothing]
             ]
             for i, (request, hypotheses) in enumerate(zip(requests, found, strict=True))
         ]

@@ -25,17 +25,22 @@ INTEGERS = {  # least and greatest value
     "logprobs": (0, 100),
     "seed": (0, 2**32 - 1),
 }
-INFINITY = math.inf
+LEAST, GREATEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+FINITE = "finite in float32"
 NUMBERS = {
-    "temperature": ("finite and >= 0", lambda x: 0 <= x < INFINITY),
+    "temperature": (f"0, or > 0 and {FINITE}", lambda x: x == 0 or _positive(x)),
     "top_p": ("in (0, 1] (1: off)", lambda x: 0 < x <= 1),
     "min_p": ("in [0, 1] (0: off)", lambda x: 0 <= x <= 1),
     "typical_p": ("in (0, 1] (1: off)", lambda x: 0 < x <= 1),
-    "repetition_penalty": ("finite and > 0", lambda x: 0 < x < INFINITY),
-    "presence_penalty": ("finite", math.isfinite),
-    "frequency_penalty": ("finite", math.isfinite),
-    "length_penalty": ("finite", math.isfinite),
+    "repetition_penalty": (f"> 0 and {FINITE}", lambda x: _positive(x)),
+    "presence_penalty": (FINITE, lambda x: abs(x) <= GREATEST),
+    "frequency_penalty": (FINITE, lambda x: abs(x) <= GREATEST),
+    "length_penalty": (FINITE, lambda x: abs(x) <= GREATEST),
 }
+
+
+def _positive(x: float) -> bool:
+    return LEAST <= x <= GREATEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,8 +333,10 @@ def _bias(value: Any) -> dict[int, float]:
     for i, x in value.items():
         name = f"logit_bias[{i!r}]"
         bias[integer("logit_bias: id", i)] = number(name, x)
-        if number(name, x) == INFINITY:
-            raise ValueError(f"{name}={x} must be less than infinity")
+        if number(name, x) > GREATEST:
+            raise ValueError(f"{name}={x} must be at most {GREATEST}")
+        if number(name, x) < -GREATEST:
+            bias[int(i)] = -math.inf
     return bias
 
 

@@ -146,7 +146,8 @@ def forbid_repeated_ngrams(
         return match_BS & (same_BS | (m >= n_B1))
 
     match_BS = (at_S < length_B[:, None]) & (n_B1 > 0)
-    match_BS = jax.lax.fori_loop(1, jnp.max(n_B), same_m_before, match_BS)
+    last = jnp.minimum(jnp.max(n_B), tokens_BS.shape[1] + 1)  # then none matches
+    match_BS = jax.lax.fori_loop(1, last, same_m_before, match_BS)
     return _forbid(logits_BV, jnp.where(match_BS, tokens_BS, -1))
 
 
@@ -242,9 +243,8 @@ def keep_min_p(logits_BV: jax.Array, p_B: Array) -> jax.Array:
 
     Source: Nguyen et al., https://arxiv.org/abs/2407.01082.
     """
-    probs_BV = jax.nn.softmax(logits_BV, axis=-1)
-    least_B1 = p_B[:, None] * probs_BV.max(axis=-1, keepdims=True)
-    return jnp.where(probs_BV >= least_B1, logits_BV, -jnp.inf)
+    below_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    return jnp.where(below_BV >= jnp.log(p_B)[:, None], logits_BV, -jnp.inf)
 
 
 def keep_typical_p(logits_BV: jax.Array, p_B: Array) -> jax.Array:
@@ -267,8 +267,11 @@ def _largest(values_BV: jax.Array, weights_BV: jax.Array, target_B: Array) -> ja
     Floats keep their order as integers, so the smallest value to stay is found bit by
     bit, in 32 passes: on CPU ten times faster than a sort of the vocabulary.
     """
-    bits_BV = jax.lax.bitcast_convert_type(values_BV.astype(jnp.float32), jnp.uint32)
+    values_BV = jnp.where(values_BV == 0, 0.0, values_BV.astype(jnp.float32))  # no -0
+    bits_BV = jax.lax.bitcast_convert_type(values_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
+    # No subnormal target: compared as 0, it would be reached without any value.
+    target_B = jnp.maximum(target_B, jnp.finfo(jnp.float32).tiny)
     order_BV = jnp.where(bits_BV & sign, ~bits_BV, bits_BV | sign)
 
     def raise_bit(i, least_B):
@@ -286,11 +289,18 @@ def _largest(values_BV: jax.Array, weights_BV: jax.Array, target_B: Array) -> ja
 def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Temperature and all filters after it, in order.
 
-    A row with temperature 0 keeps its logits as they are (its token is the argmax).
+    What becomes of a row with temperature 0 is of no use: its token is the argmax of
+    the logits as they were.
     """
     s = sampling
     drawn_B = s.temperature_B > 0
-    logits_BV = logits_BV / jnp.where(drawn_B, s.temperature_B, 1.0)[:, None]
+    temperature_B1 = jnp.where(drawn_B, s.temperature_B, 1.0)[:, None]
+    # Divided by less than 1 logits may overflow; from 0 downward that does no harm.
+    greatest_B1 = jnp.maximum(
+        logits_BV.max(axis=-1, keepdims=True), jnp.finfo(logits_BV.dtype).min
+    )
+    logits_BV = logits_BV - jnp.where(temperature_B1 < 1, greatest_B1, 0.0)
+    logits_BV = logits_BV / temperature_B1
     filters: tuple[tuple[Array, Callable[[jax.Array], jax.Array]], ...] = (
         (s.top_k_B > 0, lambda x: keep_top_k(x, s.top_k_B)),
         (s.top_p_B < 1, lambda x: keep_top_p(x, s.top_p_B)),
