@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,8 +27,9 @@ from gpt2_jax.generate import (
     sampling_of,
 )
 from gpt2_jax.interop.formats import open_model
-from gpt2_jax.model import GPT2, Params, abstract_params, dtype_named
+from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.options import Options, integer
+from gpt2_jax.quantize import INT8, check_dtype, model_of, quantize
 from gpt2_jax.sharding import on_device, tree_shardings
 from gpt2_jax.text import TextStream, completing_tokens
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer
@@ -52,7 +54,8 @@ def load(
         a nanoGPT checkpoint (`ckpt.pt`); an llm.c model (`.bin`).
       step: of a run; None: the latest.
       revision: of a model on the hub; None: the main one.
-      dtype: float32 or bfloat16, of the parameters and the computation.
+      dtype: float32 or bfloat16, of the parameters and the computation; or int8, of the
+        weights (see `gpt2_jax.quantize`).
       mesh: where the parameters shall live; None: on the first device.
 
     Raises:
@@ -60,7 +63,7 @@ def load(
       ValueError: when what is there isn't whole, or isn't a GPT-2 that can be run
         here, naming what and where.
     """
-    compute_dtype = dtype_named(dtype)
+    check_dtype(dtype)
     source = open_model(model, step=step, revision=revision)
     cfg = source.config
     abstract = abstract_params(cfg)
@@ -68,13 +71,12 @@ def load(
         shardings = on_device(abstract, jax.devices()[0])
     else:
         shardings = tree_shardings(abstract, mesh)
-    return LanguageModel(
-        GPT2(cfg, dtype=compute_dtype, param_dtype=compute_dtype),
-        source.load(compute_dtype, shardings),
-        source.tokenizer,
-        source.step,
-        mesh,
-    )
+    module = model_of(cfg, dtype)
+    if dtype == INT8:
+        params = quantize(source.load(jnp.float32, shardings))
+    else:
+        params = source.load(module.param_dtype, shardings)
+    return LanguageModel(module, params, source.tokenizer, source.step, mesh)
 
 
 @dataclasses.dataclass(frozen=True)

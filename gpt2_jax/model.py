@@ -14,8 +14,9 @@ the layers are run:
     h_{i}/mlp/c_fc          kernel [D, F]           bias [F]
     h_{i}/mlp/c_proj        kernel [F, D]           bias [D]
 
-Biases are flat, so that ndim >= 2 holds for just the tensors that weight decay
-is for; the head axes of c_attn and c_proj are there to be sharded.
+Biases are flat, so that ndim >= 2 holds for just the tensors that weight decay is for;
+the head axes of c_attn and c_proj are there to be sharded. Quantized (see `quantize`),
+kernels and wte are int8, with a flat float32 `scale` of their output channels beside.
 """
 
 import dataclasses
@@ -65,12 +66,49 @@ def project(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
     the larger factor of the kernel's gradient, element by element, whenever that is
     the gradient of the output: on CPU a training step takes 1.5x the time.
     """
-    return jax.lax.dot_general(
+    return _dot(x, kernel, range(n_in), jnp.float32)
+
+
+def _dot(x: jax.Array, kernel: jax.Array, axes: Sequence[int], dtype: Any) -> jax.Array:
+    """The last axes of x contracted with `axes` of the kernel."""
+    n_rows = math.prod(x.shape[: x.ndim - len(axes)])
+    doubled = n_rows == 1 and x.dtype.itemsize < 4 and jax.default_backend() == "cpu"
+    if doubled:  # for a single row XLA:CPU widens the whole kernel: 5x slower
+        x = jnp.concatenate([x, x])
+    y = jax.lax.dot_general(
         x,
         kernel,
-        ((range(x.ndim - n_in, x.ndim), range(n_in)), ((), ())),
-        preferred_element_type=jnp.float32,
+        ((range(x.ndim - len(axes), x.ndim), axes), ((), ())),
+        preferred_element_type=dtype,
     )
+    return y[:1] if doubled else y
+
+
+def project_int8(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, axes: Sequence[int]
+) -> jax.Array:
+    """As `project`, of an int8 kernel whose output channels have a scale each.
+
+    Each row of x is rounded to int8 too, by its own greatest value, so that the
+    product is one of integers. Source: LLM.int8(), https://arxiv.org/abs/2208.07339,
+    section 2 (vector-wise quantization).
+
+    Args:
+      axes: of the kernel, which the last axes of x are contracted with.
+      scale: float32, flat, of the other axes.
+    """
+    rows = x.shape[: x.ndim - len(axes)]
+    x_MI = x.reshape(math.prod(rows), -1).astype(jnp.float32)
+    step_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True) / 127
+    step_M1 = jnp.maximum(step_M1, jnp.finfo(jnp.float32).tiny)
+    x_MI = jnp.round(x_MI / step_M1).astype(jnp.int8)
+    n_in = x_MI.shape[1]
+    if axes[0] == 0:
+        kernel, axis = kernel.reshape(n_in, -1), 0
+    else:
+        kernel, axis = kernel.reshape(-1, n_in), 1
+    y_MO = _dot(x_MI, kernel, (axis,), jnp.int32).astype(jnp.float32)
+    return (y_MO * step_M1 * scale).reshape(*rows, -1)
 
 
 def _project_forward(x, kernel, n_in):
@@ -110,14 +148,48 @@ class Linear(nn.Module):
             in_shape + out_shape,
             self.param_dtype,
         )
-        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        y = project(x, kernel, len(in_shape))
+        x = x.astype(self.dtype)
+        if kernel.dtype == jnp.int8:
+            scale = self.param("scale", nn.initializers.ones, (math.prod(out_shape),))
+            y = project_int8(x, kernel, scale, range(len(in_shape)))
+            y = y.reshape(*y.shape[:-1], *out_shape)
+        else:
+            y = project(x, kernel.astype(self.dtype), len(in_shape))
         if self.use_bias:
             bias = self.param(
                 "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
             )
             y += bias.astype(y.dtype).reshape(out_shape)
         return y.astype(x.dtype)
+
+
+class TokenEmbedding(nn.Module):
+    """Ids -> [..., D], and hidden states -> logits by the same table."""
+
+    cfg: GPT2Config
+    dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        init = nn.initializers.normal(cfg.initializer_range)
+        shape = (cfg.vocab_size, cfg.n_embd)
+        self.embedding = self.param("embedding", init, shape, self.param_dtype)
+        self.is_int8 = self.embedding.dtype == jnp.int8
+        if self.is_int8:
+            self.scale = self.param("scale", nn.initializers.ones, (cfg.vocab_size,))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = jnp.take(self.embedding, tokens, axis=0)
+        if self.is_int8:
+            x = x * jnp.take(self.scale, tokens)[..., None]
+        return x.astype(self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of x [..., D]."""
+        if self.is_int8:
+            return project_int8(x, self.embedding, self.scale, (1,))
+        return _dot(x, self.embedding.astype(self.dtype), (1,), jnp.float32)
 
 
 class Block(nn.Module):
@@ -241,12 +313,14 @@ class GPT2(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        init = nn.initializers.normal(cfg.initializer_range)
-        embed = lambda n: nn.Embed(  # noqa: E731
-            n, cfg.n_embd, self.dtype, self.param_dtype, embedding_init=init
+        self.wte = TokenEmbedding(cfg, self.dtype, self.param_dtype)
+        self.wpe = nn.Embed(
+            cfg.n_positions,
+            cfg.n_embd,
+            self.dtype,
+            self.param_dtype,
+            embedding_init=nn.initializers.normal(cfg.initializer_range),
         )
-        self.wte = embed(cfg.vocab_size)
-        self.wpe = embed(cfg.n_positions)
         self.h = [Block(cfg, self.dtype, self.param_dtype) for _ in range(cfg.n_layer)]
         self.ln_f = layer_norm(cfg, self.dtype, self.param_dtype)
 
@@ -309,12 +383,7 @@ class GPT2(nn.Module):
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32 of hidden states [B, T, D]: head tied to wte."""
-        return jnp.einsum(
-            "BTD,VD->BTV",
-            hidden_BTD,
-            self.wte.embedding.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return self.wte.attend(hidden_BTD)
 
     def _scan(self, x_BTD, positions_BT, key):
         layers = [self.variables["params"][f"h_{i}"] for i in range(self.cfg.n_layer)]

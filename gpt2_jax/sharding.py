@@ -21,7 +21,8 @@ RULES: tuple[tuple[str, P], ...] = (
     ("attn/c_proj/kernel", P("tensor", None, "fsdp")),
     ("mlp/c_fc/kernel", P("fsdp", "tensor")),
     ("mlp/c_proj/kernel", P("tensor", "fsdp")),
-    ("(c_attn|c_proj|c_fc)/bias", P()),
+    ("wte/scale", P("tensor")),
+    ("(c_attn|c_proj|c_fc)/(bias|scale)", P()),
     ("(ln_1|ln_2|ln_f)/(scale|bias)", P()),
 )
 

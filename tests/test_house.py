@@ -40,6 +40,7 @@ HOUSE = [
     "optim",
     "metrics",
     "sharding",
+    "quantize",
     "model",
     "attention",
     "losses",
