@@ -73,7 +73,8 @@ def test_missing_flags(tmp_path):
 
 def test_a_prompt_longer_than_the_context(finished):
     error = refused("generate.py", f"--workdir={finished}", f"--prompt={'x' * 40}")
-    assert "prompt 0 of 40 tokens + max_new_tokens=100 exceeds n_positions=32" in error
+    assert "prompt 0: a prompt of 40 tokens + max_new_tokens=100 exceeds" in error
+    assert "n_positions=32" in error
 
 
 def test_no_checkpoint(tmp_path):
