@@ -1,5 +1,6 @@
 """The door of the scripts: flags in, one clear line out when the input is bad."""
 
+import inspect
 import re
 import sys
 import warnings
@@ -37,9 +38,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def define_options() -> None:
     """A flag for each of `options.Options`, with its name, default and help."""
-    doc = re.findall(r"^ {6}(\w+): (.*(?:\n {8}.*)*)", str(Options.__doc__), re.M)
-    for name, text in doc:
-        text = " ".join(text.split())
+    # getdoc: from Python 3.13 on the compiler takes a docstring's indentation away.
+    doc = str(inspect.getdoc(Options))
+    help_of = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", doc, re.M))
+    for name in DEFAULTS:
+        text = " ".join(help_of.get(name, "").split())
         if name in NUMBERS:
             flags.DEFINE_float(name, DEFAULTS[name], text)
         elif name in INTEGERS:

@@ -2,8 +2,10 @@ import math
 
 import numpy as np
 import pytest
+from absl import flags
 
-from gpt2_jax.options import Options
+from gpt2_jax import cli
+from gpt2_jax.options import DEFAULTS, Options
 
 BAD = [
     (dict(max_new_tokens=-1), r"max_new_tokens=-1 must be in \[0, 2147483647\]"),
@@ -185,3 +187,9 @@ def test_the_forms_of_allowed_tokens():
     assert table.dtype == np.int32
     assert table.shape == (2, 2)
     assert Options(allowed_tokens=[[1, 0], [0, -1]]).allowed_ids is None
+
+
+def test_each_option_is_a_flag_that_explains_itself():
+    cli.define_options()
+    for name in DEFAULTS:
+        assert flags.FLAGS[name].help
