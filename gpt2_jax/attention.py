@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+UNSEEN = np.finfo(np.float32).min  # finite: a row that sees nothing is not NaN
 
 
 def causal_attention(
@@ -31,7 +34,7 @@ def causal_attention(
         "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
     )
     seen_BTS = jnp.arange(k_BSHK.shape[1]) <= positions_BT[:, :, None]
-    s_BHTS = jnp.where(seen_BTS[:, None], s_BHTS * scale, jnp.finfo(jnp.float32).min)
+    s_BHTS = jnp.where(seen_BTS[:, None], s_BHTS * scale, UNSEEN)
     p_BHTS = jax.nn.softmax(s_BHTS, axis=-1)
     if dropout_key is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)
@@ -43,7 +46,7 @@ def cached_attention(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHK: jax.Array,
-    k_BHSK: jax.Array,
+    k_BHKS: jax.Array,
     v_BHSK: jax.Array,
     length_B: jax.Array,
     *,
@@ -53,26 +56,58 @@ def cached_attention(
 
     Args:
       q_BTHK, k_BTHK, v_BTHK: of the new tokens, at positions length_B and on.
-      k_BHSK, v_BHSK: the cache.
+      k_BHKS, v_BHSK: the cache. Keys lie along the last axis, so that the scores of
+        one query are sums of rows.
 
     Returns:
       As `causal_attention` [B, T, H, K], and the cache with the new tokens written.
     """
-
-    def write(row_HSK, new_THK, at):
-        new_HTK = new_THK.transpose(1, 0, 2).astype(row_HSK.dtype)
-        return jax.lax.dynamic_update_slice(row_HSK, new_HTK, (0, at, 0))
-
-    k_BHSK = jax.vmap(write)(k_BHSK, k_BTHK, length_B)
-    v_BHSK = jax.vmap(write)(v_BHSK, v_BTHK, length_B)
+    if q_BTHK.shape[1] == 1 and jax.default_backend() == "cpu":
+        att_BTHK = _attend_beside(
+            q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale
+        )
+        # XLA:CPU copies a cache that is written before it is read, and may do so
+        # where nothing orders the two: here the place waits for the result.
+        at_B = length_B + (att_BTHK[:, 0, 0, 0] * 0).astype(length_B.dtype)
+        return att_BTHK, *_write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, at_B)
+    k_BHKS, v_BHSK = _write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B)
     if jax.default_backend() == "cpu":
-        k_BHSK, v_BHSK = jax.lax.optimization_barrier((k_BHSK, v_BHSK))
-    s_BHTS = jnp.einsum(
-        "BTHK,BHSK->BHTS", q_BTHK, k_BHSK, preferred_element_type=jnp.float32
-    )
+        k_BHKS, v_BHSK = jax.lax.optimization_barrier((k_BHKS, v_BHSK))
+    s_BHTS = scale * _scores(q_BTHK, k_BHKS)
     position_BT = length_B[:, None] + jnp.arange(q_BTHK.shape[1])
-    seen_BTS = jnp.arange(k_BHSK.shape[2]) <= position_BT[:, :, None]
-    s_BHTS = jnp.where(seen_BTS[:, None], s_BHTS * scale, jnp.finfo(jnp.float32).min)
-    p_BHTS = jax.nn.softmax(s_BHTS, axis=-1)
+    seen_BTS = jnp.arange(k_BHKS.shape[3]) <= position_BT[:, :, None]
+    p_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], s_BHTS, UNSEEN), axis=-1)
     att_BTHK = jnp.einsum("BHTS,BHSK->BTHK", p_BHTS.astype(v_BHSK.dtype), v_BHSK)
-    return att_BTHK, k_BHSK, v_BHSK
+    return att_BTHK, k_BHKS, v_BHSK
+
+
+def _attend_beside(q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale):
+    """Attention of one token a row to the cache as it is, and to itself."""
+    s_BHTS = scale * _scores(q_BTHK, k_BHKS)
+    seen_BS = jnp.arange(k_BHKS.shape[3]) < length_B[:, None]
+    s_BHTS = jnp.where(seen_BS[:, None, None], s_BHTS, UNSEEN)
+    own_BHT1 = scale * _scores(q_BTHK, k_BTHK.transpose(0, 2, 3, 1))
+    p_BHTS = jax.nn.softmax(jnp.concatenate([s_BHTS, own_BHT1], axis=-1), axis=-1)
+    p_BHTS = p_BHTS.astype(v_BHSK.dtype)
+    att_BTHK = jnp.einsum("BHTS,BHSK->BTHK", p_BHTS[..., :-1], v_BHSK)
+    return att_BTHK + p_BHTS[..., -1:].transpose(0, 2, 1, 3) * v_BTHK
+
+
+def _scores(q_BTHK: jax.Array, k_BHKS: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        "BTHK,BHKS->BHTS", q_BTHK, k_BHKS, preferred_element_type=jnp.float32
+    )
+
+
+def _write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, at_B):
+    """The cache with T tokens a row written from position `at_B` on."""
+
+    def write(k_HKS, v_HSK, k_THK, v_THK, at):
+        k_HKT = k_THK.transpose(1, 2, 0).astype(k_HKS.dtype)
+        v_HTK = v_THK.transpose(1, 0, 2).astype(v_HSK.dtype)
+        return (
+            jax.lax.dynamic_update_slice(k_HKS, k_HKT, (0, 0, at)),
+            jax.lax.dynamic_update_slice(v_HSK, v_HTK, (0, at, 0)),
+        )
+
+    return jax.vmap(write)(k_BHKS, v_BHSK, k_BTHK, v_BTHK, at_B)

@@ -16,7 +16,7 @@ class KVCache(flax.struct.PyTreeNode):
     padding changes nothing.
     """
 
-    k_BHSK: tuple[jax.Array, ...]
+    k_BHKS: tuple[jax.Array, ...]
     v_BHSK: tuple[jax.Array, ...]
     length_B: jax.Array  # int32, tokens held by each row
 
@@ -28,19 +28,28 @@ class KVCache(flax.struct.PyTreeNode):
 
         It may be larger than n_positions, but what is beyond must not be attended to.
         """
-        shape = (batch, cfg.n_head, size, cfg.head_dim)
-        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layer))  # noqa: E731
-        return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+        rows = batch, cfg.n_head
+        zeros = lambda *axes: tuple(  # noqa: E731
+            jnp.zeros((*rows, *axes), dtype) for _ in range(cfg.n_layer)
+        )
+        return cls(
+            zeros(cfg.head_dim, size),
+            zeros(size, cfg.head_dim),
+            jnp.zeros((batch,), jnp.int32),
+        )
 
     @property
     def size(self) -> int:
         """Tokens that a row can hold."""
-        return self.k_BHSK[0].shape[2]
+        return self.k_BHKS[0].shape[3]
 
     def resize(self, size: int) -> "KVCache":
         """With room for `size` tokens a row, at least as many as now."""
-        pad = ((0, 0), (0, 0), (0, size - self.size), (0, 0))
-        k_BHSK, v_BHSK = jax.tree.map(
-            lambda x: jnp.pad(x, pad), (self.k_BHSK, self.v_BHSK)
+        more = (0, size - self.size)
+        grow = lambda x, axis: jnp.pad(  # noqa: E731
+            x, [more if i == axis else (0, 0) for i in range(x.ndim)]
         )
-        return self.replace(k_BHSK=k_BHSK, v_BHSK=v_BHSK)
+        return self.replace(
+            k_BHKS=tuple(grow(x, 3) for x in self.k_BHKS),
+            v_BHSK=tuple(grow(x, 2) for x in self.v_BHSK),
+        )

@@ -5,7 +5,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from gpt2_jax.generate import (
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.options import Options, integer
-from gpt2_jax.quantize import INT8, check_dtype, model_of, quantize
 from gpt2_jax.sharding import on_device, tree_shardings
 from gpt2_jax.text import TextStream, completing_tokens
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer
+from gpt2_jax.weights import INT8, check_dtype, model_of, quantize, turned
 
 Ids = Sequence[int] | np.ndarray
 Prompt = str | Ids
@@ -55,7 +55,7 @@ def load(
       step: of a run; None: the latest.
       revision: of a model on the hub; None: the main one.
       dtype: float32 or bfloat16, of the parameters and the computation; or int8, of the
-        weights (see `gpt2_jax.quantize`).
+        weights (see `gpt2_jax.weights`).
       mesh: where the parameters shall live; None: on the first device.
 
     Raises:
@@ -122,7 +122,8 @@ class LanguageModel:
 
     Attributes:
       model: the Linen module.
-      params: plain nested dict (see `gpt2_jax.model`).
+      params: plain nested dict (see `gpt2_jax.model`). The first generation on a CPU
+        makes a second copy of the kernels, which is faster to decode with.
       tokenizer: text <-> ids.
       step: of a run's checkpoint; None for other models.
       mesh: where the parameters live; None: on one device.
@@ -367,7 +368,7 @@ class LanguageModel:
         start = time.perf_counter()
         found = beam_search(
             self.model,
-            self.params,
+            self._weights,
             [r.prompt for r in requests],
             sampling_of(requests, len(requests), self.config.vocab_size),
             num_beams=options.num_beams,
@@ -430,6 +431,12 @@ class LanguageModel:
             self._pauses[stop] = completing_tokens(self.tokenizer.token_bytes, stop)
         return self._pauses[stop]
 
+    @cached_property
+    def _weights(self) -> Params:
+        """The parameters as decoding takes them: on a CPU with each kernel turned."""
+        on_cpu = jax.default_backend() == "cpu" and self.mesh is None
+        return turned(self.params) if on_cpu else self.params
+
     @property
     def _n_valid(self) -> int:
         """Ids from here on pad the vocabulary."""
@@ -438,7 +445,7 @@ class LanguageModel:
     def _decoder(self, n_slots: int, options: Options, draft: Draft) -> Decoder:
         return Decoder(
             self.model,
-            self.params,
+            self._weights,
             n_slots=n_slots,
             n_valid=self._n_valid,
             table_QV=self._table(options),
@@ -466,7 +473,7 @@ class LanguageModel:
             ours, theirs = getattr(self.config, name), getattr(draft.config, name)
             if theirs < ours or (name == "vocab_size" and theirs != ours):
                 raise ValueError(f"the draft's {name}={theirs} does not suit {ours}")
-        return Draft(n_draft, draft.model, draft.params)
+        return Draft(n_draft, draft.model, draft._weights)
 
     def _encode(self, prompt: Any) -> tuple[list[list[int]], bool, bool]:
         """Prompts as ids; whether they were text; whether there was a list of them."""

@@ -15,8 +15,11 @@ the layers are run:
     h_{i}/mlp/c_proj        kernel [F, D]           bias [D]
 
 Biases are flat, so that ndim >= 2 holds for just the tensors that weight decay is for;
-the head axes of c_attn and c_proj are there to be sharded. Quantized (see `quantize`),
-kernels and wte are int8, with a flat float32 `scale` of their output channels beside.
+the head axes of c_attn and c_proj are there to be sharded.
+
+To decode (see `gpt2_jax.weights`), a `weight` [*out, *in] may stand for a kernel
+[*in, *out]. Weights and wte may be int8, with a flat float32 `scale` of their output
+channels beside.
 """
 
 import dataclasses
@@ -66,49 +69,52 @@ def project(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
     the larger factor of the kernel's gradient, element by element, whenever that is
     the gradient of the output: on CPU a training step takes 1.5x the time.
     """
-    return _dot(x, kernel, range(n_in), jnp.float32)
+    return _dot(x, kernel, range(n_in))
 
 
-def _dot(x: jax.Array, kernel: jax.Array, axes: Sequence[int], dtype: Any) -> jax.Array:
-    """The last axes of x contracted with `axes` of the kernel."""
-    n_rows = math.prod(x.shape[: x.ndim - len(axes)])
-    doubled = n_rows == 1 and x.dtype.itemsize < 4 and jax.default_backend() == "cpu"
-    if doubled:  # for a single row XLA:CPU widens the whole kernel: 5x slower
-        x = jnp.concatenate([x, x])
-    y = jax.lax.dot_general(
-        x,
-        kernel,
-        ((range(x.ndim - len(axes), x.ndim), axes), ((), ())),
-        preferred_element_type=dtype,
+def _dot(x: jax.Array, kernel: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The last axes of x contracted with `axes` of the kernel, in float32."""
+    last = range(x.ndim - len(axes), x.ndim)
+    return jax.lax.dot_general(
+        x, kernel, ((last, axes), ((), ())), preferred_element_type=jnp.float32
     )
-    return y[:1] if doubled else y
 
 
-def project_int8(
-    x: jax.Array, kernel: jax.Array, scale: jax.Array, axes: Sequence[int]
+FEW_ROWS = 64
+
+
+def project_rows(
+    x_MI: jax.Array, weight_OI: jax.Array, scale_O: jax.Array | None = None
 ) -> jax.Array:
-    """As `project`, of an int8 kernel whose output channels have a scale each.
+    """Float32 [M, O] of x and a weight that has its inputs along the last axis.
 
-    Each row of x is rounded to int8 too, by its own greatest value, so that the
-    product is one of integers. Source: LLM.int8(), https://arxiv.org/abs/2208.07339,
-    section 2 (vector-wise quantization).
+    So weights stream at the speed of memory when rows are few, on CPU too, where it
+    takes the weight as the first factor and, in less than 32 bits, two rows at least.
+
+    An int8 weight is multiplied by rows that are rounded to int8 too, each by its own
+    greatest value: a product of integers. Source: LLM.int8(),
+    https://arxiv.org/abs/2208.07339, section 2 (vector-wise quantization).
 
     Args:
-      axes: of the kernel, which the last axes of x are contracted with.
-      scale: float32, flat, of the other axes.
+      scale_O: float32; of the output channels of an int8 weight.
     """
-    rows = x.shape[: x.ndim - len(axes)]
-    x_MI = x.reshape(math.prod(rows), -1).astype(jnp.float32)
-    step_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True) / 127
-    step_M1 = jnp.maximum(step_M1, jnp.finfo(jnp.float32).tiny)
-    x_MI = jnp.round(x_MI / step_M1).astype(jnp.int8)
-    n_in = x_MI.shape[1]
-    if axes[0] == 0:
-        kernel, axis = kernel.reshape(n_in, -1), 0
+    M, dtype = x_MI.shape[0], jnp.float32
+    if scale_O is not None:
+        x_MI = x_MI.astype(jnp.float32)
+        step_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True) / 127
+        step_M1 = jnp.maximum(step_M1, jnp.finfo(jnp.float32).tiny)
+        x_MI, dtype = jnp.round(x_MI / step_M1).astype(jnp.int8), jnp.int32
+    last = (((1,), (1,)), ((), ()))
+    if M > FEW_ROWS:
+        y_MO = jax.lax.dot_general(x_MI, weight_OI, last, preferred_element_type=dtype)
     else:
-        kernel, axis = kernel.reshape(-1, n_in), 1
-    y_MO = _dot(x_MI, kernel, (axis,), jnp.int32).astype(jnp.float32)
-    return (y_MO * step_M1 * scale).reshape(*rows, -1)
+        if M == 1 and x_MI.dtype.itemsize < 4 and jax.default_backend() == "cpu":
+            x_MI = jnp.concatenate([x_MI, x_MI])
+        y_OM = jax.lax.dot_general(weight_OI, x_MI, last, preferred_element_type=dtype)
+        y_MO = y_OM[:, :M].T
+    if scale_O is None:
+        return y_MO
+    return y_MO.astype(jnp.float32) * step_M1 * scale_O
 
 
 def _project_forward(x, kernel, n_in):
@@ -142,18 +148,16 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         in_shape, out_shape = tuple(self.in_shape), tuple(self.out_shape)
-        kernel = self.param(
-            "kernel",
-            nn.initializers.normal(self.stddev),
-            in_shape + out_shape,
-            self.param_dtype,
-        )
         x = x.astype(self.dtype)
-        if kernel.dtype == jnp.int8:
-            scale = self.param("scale", nn.initializers.ones, (math.prod(out_shape),))
-            y = project_int8(x, kernel, scale, range(len(in_shape)))
-            y = y.reshape(*y.shape[:-1], *out_shape)
+        if self.has_variable("params", "weight"):
+            y = self._project_rows(x, in_shape, out_shape)
         else:
+            kernel = self.param(
+                "kernel",
+                nn.initializers.normal(self.stddev),
+                in_shape + out_shape,
+                self.param_dtype,
+            )
             y = project(x, kernel.astype(self.dtype), len(in_shape))
         if self.use_bias:
             bias = self.param(
@@ -161,6 +165,15 @@ class Linear(nn.Module):
             )
             y += bias.astype(y.dtype).reshape(out_shape)
         return y.astype(x.dtype)
+
+    def _project_rows(self, x, in_shape, out_shape):
+        rows = x.shape[: x.ndim - len(in_shape)]
+        weight: jax.Array = self.get_variable("params", "weight")
+        scale: jax.Array | None = self.get_variable("params", "scale")
+        weight = weight if weight.dtype == jnp.int8 else weight.astype(self.dtype)
+        x_MI = x.reshape(math.prod(rows), -1)
+        y_MO = project_rows(x_MI, weight.reshape(-1, x_MI.shape[1]), scale)
+        return y_MO.reshape(*rows, *out_shape)
 
 
 class TokenEmbedding(nn.Module):
@@ -187,9 +200,13 @@ class TokenEmbedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of x [..., D]."""
-        if self.is_int8:
-            return project_int8(x, self.embedding, self.scale, (1,))
-        return _dot(x, self.embedding.astype(self.dtype), (1,), jnp.float32)
+        rows = x.shape[:-1]
+        if not self.is_int8 and math.prod(rows) > FEW_ROWS:
+            return _dot(x, self.embedding.astype(self.dtype), (1,))
+        table, scale = self.embedding, self.scale if self.is_int8 else None
+        table = table if self.is_int8 else table.astype(self.dtype)
+        y_MV = project_rows(x.reshape(-1, x.shape[-1]), table, scale)
+        return y_MV.reshape(*rows, -1)
 
 
 class Block(nn.Module):
@@ -252,7 +269,7 @@ class Attention(nn.Module):
         if cfg.scale_attn_by_inverse_layer_idx:
             scale = scale / (layer + 1)
         if cache is not None:
-            held = cache.k_BHSK[layer], cache.v_BHSK[layer]
+            held = cache.k_BHKS[layer], cache.v_BHSK[layer]
             att_BTHK, k, v = cached_attention(
                 q_BTHK, k, v, *held, cache.length_B, scale=scale
             )

@@ -21,6 +21,10 @@ RULES: tuple[tuple[str, P], ...] = (
     ("attn/c_proj/kernel", P("tensor", None, "fsdp")),
     ("mlp/c_fc/kernel", P("fsdp", "tensor")),
     ("mlp/c_proj/kernel", P("tensor", "fsdp")),
+    ("attn/c_attn/weight", P(None, "tensor", None, "fsdp")),
+    ("attn/c_proj/weight", P("fsdp", "tensor", None)),
+    ("mlp/c_fc/weight", P("tensor", "fsdp")),
+    ("mlp/c_proj/weight", P("fsdp", "tensor")),
     ("wte/scale", P("tensor")),
     ("(c_attn|c_proj|c_fc)/(bias|scale)", P()),
     ("(ln_1|ln_2|ln_f)/(scale|bias)", P()),
@@ -107,7 +111,7 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
         spread = shape and shape[0] % n_batch_shards(mesh) == 0
         axes: list[Any] = [BATCH if spread else None]
         names = [str(getattr(key, "name", "")) for key in path]
-        if any(name in ("k_BHSK", "v_BHSK") for name in names):
+        if any(name in ("k_BHKS", "v_BHSK") for name in names):
             axes.append("tensor" if shape[1] % mesh.shape["tensor"] == 0 else None)
         return NamedSharding(mesh, P(*axes) if shape else P())
 

@@ -40,7 +40,7 @@ HOUSE = [
     "optim",
     "metrics",
     "sharding",
-    "quantize",
+    "weights",
     "model",
     "attention",
     "losses",

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,8 @@ import pytest
 
 from gpt2_jax import sharding
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import GPT2, project_int8
-from gpt2_jax.quantize import check_dtype, model_of, quantize
+from gpt2_jax.model import FEW_ROWS, GPT2, project_rows
+from gpt2_jax.weights import check_dtype, model_of, quantize, turned
 from shapes import TINY, random_params
 
 RNG = np.random.default_rng(0)
@@ -25,22 +27,25 @@ def logits(params, tokens):
 def test_a_weight_moves_by_half_a_step_of_its_channel_at_most():
     exact, rounded = random_params(TINY, 0.2), int8_params()
     block, exact_block = rounded["h_1"], exact["h_1"]
-    for module, axes in (
-        (("attn", "c_attn"), (0,)),
-        (("attn", "c_proj"), (0, 1)),
-        (("mlp", "c_fc"), (0,)),
-        (("mlp", "c_proj"), (0,)),
+    for module, n_in in (
+        (("attn", "c_attn"), 1),
+        (("attn", "c_proj"), 2),
+        (("mlp", "c_fc"), 1),
+        (("mlp", "c_proj"), 1),
     ):
         leaf, kernel = block, exact_block
         for name in module:
             leaf, kernel = leaf[name], kernel[name]
         kernel = np.asarray(kernel["kernel"])
-        assert leaf["kernel"].dtype == jnp.int8
-        assert leaf["kernel"].shape == kernel.shape
-        scale = np.asarray(leaf["scale"]).reshape(kernel.shape[len(axes) :])
-        np.testing.assert_allclose(scale, np.abs(kernel).max(axes) / 127, rtol=1e-6)
-        error = np.abs(np.asarray(leaf["kernel"]) * scale - kernel)
-        assert (error <= 0.5001 * scale).all()
+        out = kernel.shape[n_in:]
+        weight_OI = kernel.reshape(-1, math.prod(out)).T
+        assert leaf["weight"].dtype == jnp.int8
+        assert leaf["weight"].shape == out + kernel.shape[:n_in]
+        scale = np.asarray(leaf["scale"])
+        np.testing.assert_allclose(scale, np.abs(weight_OI).max(1) / 127, rtol=1e-6)
+        scaled = np.asarray(leaf["weight"]).reshape(weight_OI.shape) * scale[:, None]
+        assert (np.abs(scaled - weight_OI) <= 0.5001 * scale[:, None]).all()
+        assert leaf.keys() == {"weight", "scale", "bias"}
     wte = rounded["wte"]
     assert wte["embedding"].dtype == jnp.int8
     assert wte["scale"].shape == (TINY.vocab_size,)
@@ -48,21 +53,41 @@ def test_a_weight_moves_by_half_a_step_of_its_channel_at_most():
         jax.tree.map(np.testing.assert_array_equal, rounded[name], exact[name])
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 5])
+N_ROWS = pytest.mark.parametrize("n_rows", [1, 2, 5, FEW_ROWS + 1])
+
+
+@N_ROWS
 def test_the_product_is_that_of_rows_and_channels_rounded_to_int8(n_rows):
-    x = RNG.normal(size=(n_rows, 3, 4)).astype(np.float32)
+    x = RNG.normal(size=(n_rows, 12)).astype(np.float32)
     x[0] = 0  # no scale of zero
-    kernel = RNG.integers(-127, 128, (3, 4, 6)).astype(np.int8)
+    weight = RNG.integers(-127, 128, (6, 12)).astype(np.int8)
     scale = RNG.uniform(0.1, 1, 6).astype(np.float32)
-    step = np.abs(x).max(axis=(1, 2)) / 127
-    whole = np.round(x / np.maximum(step, 1e-30)[:, None, None])
-    expected = np.einsum("bhk,hko->bo", whole, kernel) * step[:, None] * scale
-    out = project_int8(jnp.asarray(x), jnp.asarray(kernel), scale, (0, 1))
+    step = np.maximum(np.abs(x).max(axis=1, keepdims=True) / 127, 1e-30)
+    expected = np.round(x / step) @ weight.T.astype(float) * step * scale
+    out = project_rows(jnp.asarray(x), jnp.asarray(weight), scale)
     # the integers are exact, the two scales are float32
     np.testing.assert_allclose(out, expected, rtol=1e-5)
-    table = kernel.reshape(12, 6).T.copy()
-    flat = project_int8(jnp.asarray(x.reshape(n_rows, 12)), table, scale, (1,))
-    np.testing.assert_array_equal(flat, out)
+
+
+@N_ROWS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_turned_weight_gives_the_same_product(n_rows, dtype):
+    x = jnp.asarray(RNG.normal(size=(n_rows, 12)), dtype)
+    weight = jnp.asarray(RNG.normal(size=(6, 12)), dtype)
+    out = project_rows(x, weight)
+    assert out.dtype == jnp.float32
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(out, expected, atol=1e-5)  # sums of 12 in float32
+
+
+def test_turned_parameters_are_the_same_model():
+    params = random_params(TINY, 0.2)
+    weights = turned(params)
+    assert "kernel" in params["h_0"]["mlp"]["c_fc"], "the argument is left alone"
+    assert "kernel" not in str(jax.tree.structure(weights))
+    np.testing.assert_allclose(
+        logits(weights, TOKENS), logits(params, TOKENS), atol=1e-5
+    )
 
 
 def test_the_model_differs_little_and_a_cache_changes_nothing():
@@ -93,6 +118,7 @@ def test_on_a_mesh_the_logits_are_the_same():
 def test_bfloat16_of_one_row_is_that_of_many():
     model = model_of(TINY, "bfloat16")
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(TINY, 0.2))
+    params = turned(params)
     whole = jax.jit(model.apply)({"params": params}, TOKENS[:1])[0]
     alone = jax.jit(model.apply)({"params": params}, TOKENS[:1, :1])[0]
     # the same products of bfloat16, summed in float32
