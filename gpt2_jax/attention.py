@@ -42,6 +42,14 @@ def causal_attention(
     return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BSHK.dtype), v_BSHK)
 
 
+def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Of the cache of a model that computes in `dtype`.
+
+    On a CPU float32, which XLA multiplies by one row twice as fast as bfloat16.
+    """
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype
+
+
 def cached_attention(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
@@ -78,7 +86,7 @@ def cached_attention(
     seen_BTS = jnp.arange(k_BHKS.shape[3]) <= position_BT[:, :, None]
     p_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], s_BHTS, UNSEEN), axis=-1)
     att_BTHK = jnp.einsum("BHTS,BHSK->BTHK", p_BHTS.astype(v_BHSK.dtype), v_BHSK)
-    return att_BTHK, k_BHKS, v_BHSK
+    return att_BTHK.astype(v_BTHK.dtype), k_BHKS, v_BHSK
 
 
 def _attend_beside(q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale):
@@ -90,7 +98,8 @@ def _attend_beside(q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale):
     p_BHTS = jax.nn.softmax(jnp.concatenate([s_BHTS, own_BHT1], axis=-1), axis=-1)
     p_BHTS = p_BHTS.astype(v_BHSK.dtype)
     att_BTHK = jnp.einsum("BHTS,BHSK->BTHK", p_BHTS[..., :-1], v_BHSK)
-    return att_BTHK + p_BHTS[..., -1:].transpose(0, 2, 1, 3) * v_BTHK
+    att_BTHK += p_BHTS[..., -1:].transpose(0, 2, 1, 3) * v_BTHK
+    return att_BTHK.astype(v_BTHK.dtype)
 
 
 def _scores(q_BTHK: jax.Array, k_BHKS: jax.Array) -> jax.Array:

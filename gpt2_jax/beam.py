@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.attention import cache_dtype
 from gpt2_jax.cache import KVCache
 from gpt2_jax.generate import bucket
 from gpt2_jax.model import GPT2, Params
@@ -179,7 +180,7 @@ def start(
     the search: so every step is alike.
     """
     (G, T), V = tokens_GT.shape, model.cfg.vocab_size
-    empty = KVCache.empty(model.cfg, G, size, model.dtype)
+    empty = KVCache.empty(model.cfg, G, size, cache_dtype(model.dtype))
     out: Any = model.apply({"params": params}, tokens_GT, empty, method="hidden")
     # A padded position "sees" an id past the vocabulary, which `drop` discards.
     ids_GT = jnp.where(jnp.arange(T) < length_G[:, None], tokens_GT, V)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
+from gpt2_jax.attention import cache_dtype
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, Params
@@ -499,7 +500,9 @@ def apply(model: GPT2, params: Params, *args: Any, **kwargs: Any) -> Any:
 
 @partial(jax.jit, static_argnames=("model", "batch", "size", "mesh"))
 def empty_cache(model: GPT2, batch: int, size: int, mesh: Mesh | None) -> KVCache:
-    return _constrain(KVCache.empty(model.cfg, batch, size, model.dtype), mesh)
+    return _constrain(
+        KVCache.empty(model.cfg, batch, size, cache_dtype(model.dtype)), mesh
+    )
 
 
 @partial(
