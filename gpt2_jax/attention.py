@@ -59,6 +59,7 @@ def cached_attention(
     length_B: jax.Array,
     *,
     scale: jax.Array | float,
+    start: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of T new tokens a row to those in the cache and to each other.
 
@@ -66,57 +67,98 @@ def cached_attention(
       q_BTHK, k_BTHK, v_BTHK: of the new tokens, at positions length_B and on.
       k_BHKS, v_BHSK: the cache. Keys lie along the last axis, so that the scores of
         one query are sums of rows.
+      start: what every one of length_B is, where that is known: nothing beyond the
+        new tokens is read then.
 
     Returns:
       As `causal_attention` [B, T, H, K], and the cache with the new tokens written.
     """
-    if q_BTHK.shape[1] == 1 and jax.default_backend() == "cpu":
+    T, on_cpu = q_BTHK.shape[1], jax.default_backend() == "cpu"
+    if start is not None:
+        k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, k_BHKS.dtype)
+        k_seen = jnp.concatenate([k_BHKS[..., :start], k_BHKT], axis=3)
+        v_seen = jnp.concatenate([v_BHSK[:, :, :start], v_BHTK], axis=2)
+        att_BTHK = _attend_by_blocks(q_BTHK, k_seen, v_seen, start, scale)
+        return att_BTHK, *_write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, start)
+    if T == 1 and on_cpu:
         att_BTHK = _attend_beside(
             q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale
         )
         # XLA:CPU copies a cache that is written before it is read, and may do so
         # where nothing orders the two: here the place waits for the result.
         at_B = length_B + (att_BTHK[:, 0, 0, 0] * 0).astype(length_B.dtype)
-        return att_BTHK, *_write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, at_B)
-    k_BHKS, v_BHSK = _write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B)
-    if jax.default_backend() == "cpu":
+        write = jax.vmap(_write_row)
+        return att_BTHK, *write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, at_B)
+    k_BHKS, v_BHSK = jax.vmap(_write_row)(k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B)
+    if on_cpu:
         k_BHKS, v_BHSK = jax.lax.optimization_barrier((k_BHKS, v_BHSK))
-    s_BHTS = scale * _scores(q_BTHK, k_BHKS)
-    position_BT = length_B[:, None] + jnp.arange(q_BTHK.shape[1])
-    seen_BTS = jnp.arange(k_BHKS.shape[3]) <= position_BT[:, :, None]
+    positions_BT = length_B[:, None] + jnp.arange(T)
+    q_BHTK = q_BTHK.transpose(0, 2, 1, 3)
+    att_BHTK = _attend(q_BHTK, k_BHKS, v_BHSK, positions_BT, scale)
+    return att_BHTK.transpose(0, 2, 1, 3), k_BHKS, v_BHSK
+
+
+def _attend(q_BHTK, k_BHKS, v_BHSK, positions_BT, scale):
+    """Attention [B, H, T, K] of queries to the keys up to their positions."""
+    s_BHTS = scale * _product(q_BHTK, k_BHKS)
+    seen_BTS = jnp.arange(k_BHKS.shape[3]) <= positions_BT[:, :, None]
     p_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], s_BHTS, UNSEEN), axis=-1)
-    att_BTHK = jnp.einsum("BHTS,BHSK->BTHK", p_BHTS.astype(v_BHSK.dtype), v_BHSK)
-    return att_BTHK.astype(v_BTHK.dtype), k_BHKS, v_BHSK
+    att_BHTK = _product(p_BHTS.astype(v_BHSK.dtype), v_BHSK)
+    return att_BHTK.astype(q_BHTK.dtype)
+
+
+QUERIES = 128  # that attend together, on a CPU
+
+
+def _attend_by_blocks(q_BTHK, k_BHKS, v_BHSK, start, scale):
+    """As `_attend`, from position `start` on, each block to the keys that it sees."""
+    q_BHTK = q_BTHK.transpose(0, 2, 1, 3)
+    T = q_BHTK.shape[2]
+    size = QUERIES if jax.default_backend() == "cpu" else T
+    blocks = []
+    for at in range(0, T, size):
+        end = min(at + size, T)
+        positions_1T = start + jnp.arange(at, end)[None]
+        seen = k_BHKS[..., : start + end], v_BHSK[:, :, : start + end]
+        blocks.append(_attend(q_BHTK[:, :, at:end], *seen, positions_1T, scale))
+    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)
 
 
 def _attend_beside(q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale):
     """Attention of one token a row to the cache as it is, and to itself."""
-    s_BHTS = scale * _scores(q_BTHK, k_BHKS)
+    q_BHTK = q_BTHK.transpose(0, 2, 1, 3)
+    k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, k_BHKS.dtype)
     seen_BS = jnp.arange(k_BHKS.shape[3]) < length_B[:, None]
+    s_BHTS = scale * _product(q_BHTK, k_BHKS)
     s_BHTS = jnp.where(seen_BS[:, None, None], s_BHTS, UNSEEN)
-    own_BHT1 = scale * _scores(q_BTHK, k_BTHK.transpose(0, 2, 3, 1))
+    own_BHT1 = scale * _product(q_BHTK, k_BHKT)
     p_BHTS = jax.nn.softmax(jnp.concatenate([s_BHTS, own_BHT1], axis=-1), axis=-1)
     p_BHTS = p_BHTS.astype(v_BHSK.dtype)
-    att_BTHK = jnp.einsum("BHTS,BHSK->BTHK", p_BHTS[..., :-1], v_BHSK)
-    att_BTHK += p_BHTS[..., -1:].transpose(0, 2, 1, 3) * v_BTHK
-    return att_BTHK.astype(v_BTHK.dtype)
+    att_BHTK = _product(p_BHTS[..., :-1], v_BHSK) + p_BHTS[..., -1:] * v_BHTK
+    return att_BHTK.transpose(0, 2, 1, 3).astype(v_BTHK.dtype)
 
 
-def _scores(q_BTHK: jax.Array, k_BHKS: jax.Array) -> jax.Array:
-    return jnp.einsum(
-        "BTHK,BHKS->BHTS", q_BTHK, k_BHKS, preferred_element_type=jnp.float32
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Of matrices, in float32."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, at):
+    """The cache with T tokens a row written from position `at` on, the same in all."""
+    k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, k_BHKS.dtype)
+    return (
+        jax.lax.dynamic_update_slice(k_BHKS, k_BHKT, (0, 0, 0, at)),
+        jax.lax.dynamic_update_slice(v_BHSK, v_BHTK, (0, 0, at, 0)),
     )
 
 
-def _write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, at_B):
-    """The cache with T tokens a row written from position `at_B` on."""
+def _like_cache(k_BTHK, v_BTHK, dtype):
+    """[B, H, K, T] and [B, H, T, K]."""
+    k_BHKT, v_BHTK = k_BTHK.transpose(0, 2, 3, 1), v_BTHK.transpose(0, 2, 1, 3)
+    return k_BHKT.astype(dtype), v_BHTK.astype(dtype)
 
-    def write(k_HKS, v_HSK, k_THK, v_THK, at):
-        k_HKT = k_THK.transpose(1, 2, 0).astype(k_HKS.dtype)
-        v_HTK = v_THK.transpose(1, 0, 2).astype(v_HSK.dtype)
-        return (
-            jax.lax.dynamic_update_slice(k_HKS, k_HKT, (0, 0, at)),
-            jax.lax.dynamic_update_slice(v_HSK, v_HTK, (0, at, 0)),
-        )
 
-    return jax.vmap(write)(k_BHKS, v_BHSK, k_BTHK, v_BTHK, at_B)
+def _write_row(k_THK, v_THK, k_HKS, v_HSK, at):
+    """As `_write`, of one row."""
+    cache = _write(k_THK[None], v_THK[None], k_HKS[None], v_HSK[None], at)
+    return jax.tree.map(lambda x: x[0], cache)

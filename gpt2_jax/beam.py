@@ -181,6 +181,7 @@ def start(
     """
     (G, T), V = tokens_GT.shape, model.cfg.vocab_size
     empty = KVCache.empty(model.cfg, G, size, cache_dtype(model.dtype))
+    empty = empty.replace(start=0)
     out: Any = model.apply({"params": params}, tokens_GT, empty, method="hidden")
     # A padded position "sees" an id past the vocabulary, which `drop` discards.
     ids_GT = jnp.where(jnp.arange(T) < length_G[:, None], tokens_GT, V)

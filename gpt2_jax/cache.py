@@ -19,6 +19,8 @@ class KVCache(flax.struct.PyTreeNode):
     k_BHKS: tuple[jax.Array, ...]
     v_BHSK: tuple[jax.Array, ...]
     length_B: jax.Array  # int32, tokens held by each row
+    # What all of length_B are, where that is known when a program is compiled.
+    start: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def empty(

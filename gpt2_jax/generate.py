@@ -303,6 +303,7 @@ class Decoder:
                     state.history.tokens_BS[:, start : start + T],
                     length_B,
                     logits_BV,
+                    start=start,
                     mesh=self.mesh,
                 )
             state = state.replace(**{name: cache.replace(length_B=length_B)})
@@ -507,7 +508,7 @@ def empty_cache(model: GPT2, batch: int, size: int, mesh: Mesh | None) -> KVCach
 
 @partial(
     jax.jit,
-    static_argnames=("model", "mesh"),
+    static_argnames=("model", "start", "mesh"),
     donate_argnames=("cache", "logits_BV"),
 )
 def extend(
@@ -517,6 +518,7 @@ def extend(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     logits_BV: jax.Array,
+    start: int,
     mesh: Mesh | None,
 ) -> tuple[KVCache, jax.Array]:
     """T more tokens of right-padded prompts, and the logits of rows that end in them.
@@ -524,7 +526,9 @@ def extend(
     Args:
       length_B: of the whole prompts.
       logits_BV: of rows that ended before.
+      start: tokens that the cache holds, in every row.
     """
+    cache = cache.replace(start=start)
     last_B = length_B - 1 - cache.length_B
     T = tokens_BT.shape[1]
     hidden_BTD, cache = apply(model, params, tokens_BT, cache, method="hidden")

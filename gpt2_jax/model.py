@@ -114,7 +114,9 @@ def project_rows(
         y_OM = jnp.matmul(weight_OI, x_IM, preferred_element_type=dtype)
         y_MO = with_layout_constraint(y_OM, BY_ROW)[:, :M].T
     else:
-        y_MO = jnp.matmul(x_MI, weight_OI.T, preferred_element_type=dtype)
+        y_MO = jax.lax.dot_general(
+            x_MI, weight_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+        )
     if scale_O is None:
         return y_MO
     return y_MO.astype(jnp.float32) * step_M1 * scale_O
@@ -274,7 +276,7 @@ class Attention(nn.Module):
         if cache is not None:
             held = cache.k_BHKS[layer], cache.v_BHSK[layer]
             att_BTHK, k, v = cached_attention(
-                q_BTHK, k, v, *held, cache.length_B, scale=scale
+                q_BTHK, k, v, *held, cache.length_B, scale=scale, start=cache.start
             )
         else:
             att_BTHK = causal_attention(
