@@ -141,7 +141,7 @@ def requests(n, **options):
         own.setdefault("temperature", [0.0, 1.0, 0.7][i % 3])
         own.setdefault("repetition_penalty", [1.0, 1.3][i % 2])
         prompt = rng.integers(0, 61, int(rng.integers(1, 30))).tolist()
-        made.append(Request(prompt, Options(**own), (7, i, 0), end_ids=(5,)))
+        made.append(Request(prompt, Options(**own), (7, i, 0), end_ids=(5, 6)))
     return made
 
 

@@ -11,6 +11,7 @@ from gpt2_jax.sampling import (
     MIN_BAD_WORDS,
     History,
     Sampling,
+    draw_token,
     edit_logits,
     filter_logits,
     forbid_bad_words,
@@ -775,6 +776,18 @@ def test_draws_follow_the_distribution(draws, row, n_kept):
     chi_square = ((counts[left] - expected) ** 2 / expected).sum()
     # 99.9% quantile at n_kept - 1 degrees of freedom
     assert chi_square < {3: 13.8, 4: 16.3, 5: 18.5, 8: 24.3}[n_kept]
+
+
+def test_draws_from_a_vocabulary_of_several_lanes_follow_the_distribution():
+    ids = np.array([0, 5, 127, 128, 133, 200, 256, 299])  # some of them share a lane
+    logits = np.full((1, 300), OUT, np.float32)
+    logits[0, ids] = np.log(PROBS) - 40
+    keys = jax.random.split(jax.random.key(1), (N, 1))
+    tokens = jax.jit(jax.vmap(draw_token, in_axes=(None, 0)))(logits, keys)
+    counts = np.bincount(np.asarray(tokens)[:, 0], minlength=300)
+    assert counts.sum() == counts[ids].sum()
+    chi_square = ((counts[ids] - N * PROBS) ** 2 / (N * PROBS)).sum()
+    assert chi_square < 24.3  # 99.9% quantile at 7 degrees of freedom
 
 
 def test_rows_of_one_batch_have_their_own_options():
