@@ -1,8 +1,10 @@
 """The door of the scripts: flags in, one clear line out when the input is bad."""
 
 import inspect
+import logging as std_logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +90,16 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | 
     except (ValueError, OSError) as error:
         if _TRACEBACK.value:
             raise
+        _silence_threads()
         return _fail(error)
+
+
+def _silence_threads() -> None:
+    """Reads that were given up complain as the interpreter ends: it adds nothing."""
+    threading.excepthook = lambda _: None
+    sys.unraisablehook = lambda _: None
+    for name in ("asyncio", "concurrent.futures"):
+        std_logging.getLogger(name).disabled = True
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from gpt2_jax.data.loader import TokenDataset, eval_batches
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.tokenizer import tokenizer_hash
 from gpt2_jax.train_step import eval_step
+from gpt2_jax.weights import INT8, check_dtype, model_of, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,17 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 
 
 def evaluate_run(
-    workdir: str | Path, split: str, *, step: int | None = None, batch_size: int
+    workdir: str | Path,
+    split: str,
+    *,
+    step: int | None = None,
+    batch_size: int,
+    dtype: str = "float32",
 ) -> tuple[Evaluation, str]:
     """Evaluates a run's checkpoint over a whole split of the data it was trained on.
+
+    Args:
+      dtype: float32, bfloat16 or int8, as of `gpt2_jax.load`.
 
     Returns:
       The evaluation, and in words how it was done.
@@ -88,6 +97,7 @@ def evaluate_run(
       FileNotFoundError, ValueError: when the checkpoint, the data or the split isn't
         there, or the data are of another tokenizer.
     """
+    check_dtype(dtype)
     folder = checkpoint.find_step(Path(workdir), step)
     contract = checkpoint.read_contract(folder)
     given = Path(contract.run["data"]["path"])
@@ -103,13 +113,18 @@ def evaluate_run(
         ),
         abstract_params(contract.model),
     )
+    model = model_of(contract.model, dtype)
     params = checkpoint.restore(folder, {"params": abstract})["params"]
+    if dtype == INT8:
+        params = quantize(params)
+    else:
+        params = jax.tree.map(lambda x: x.astype(model.param_dtype), params)
     block_size = contract.run["block_size"]
     result = evaluate(
         params,
         eval_batches(dataset, batch_size=batch_size, block_size=block_size),
-        step=make_eval_step(GPT2(contract.model)),
+        step=make_eval_step(model),
         mesh=mesh,
     )
     how = f"step {contract.step}, windows of {block_size} tokens without overlap"
-    return result, how
+    return result, f"{how}, {dtype}"

@@ -12,11 +12,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=Tru
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; none: the latest.")
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Examples at a time.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "float32, bfloat16 or int8.")
 
 
 def main(_: list[str]) -> None:
     result, protocol = evaluate_run(
-        _WORKDIR.value, _SPLIT.value, step=_STEP.value, batch_size=_BATCH_SIZE.value
+        _WORKDIR.value,
+        _SPLIT.value,
+        step=_STEP.value,
+        batch_size=_BATCH_SIZE.value,
+        dtype=_DTYPE.value,
     )
     print(
         f"{_SPLIT.value} loss {result.loss:.4f} perplexity {result.perplexity:.4f} "

@@ -187,6 +187,12 @@ def test_generate_and_evaluate_by_script(whole):
     assert loss == pytest.approx(np.mean(nll), abs=1e-4)
     assert perplexity == pytest.approx(np.exp(np.mean(nll)), rel=1e-3)
 
+    out = run("evaluate.py", f"--workdir={whole}", "--split=test", "--dtype=int8")
+    assert "int8" in out
+    rounded = float(out.split()[2])
+    assert rounded != loss
+    assert rounded == pytest.approx(loss, abs=0.02)
+
 
 def test_another_number_of_devices_goes_on_with_the_same_run(whole, text, tmp_path):
     """Saved on one device, resumed on four: the same data, losses within 1e-5."""
