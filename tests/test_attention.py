@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.attention import causal_attention
+from gpt2_jax.attention import QUERIES, cached_attention, causal_attention
 
 
 def reference(q, k, v, positions):
@@ -51,3 +51,39 @@ def test_dropout_takes_out_its_share_and_keeps_the_mean():
     assert abs(float(out[..., 0].mean()) - 1) < 0.02
     share = float((out[..., 0] * 0.75 * 64).mean() / 64)
     assert abs(share - 0.75) < 0.015
+
+
+@pytest.mark.parametrize(
+    ("T", "held", "known"),
+    [(1, (4, 0), False), (3, (4, 0), False), (1, (4, 4), True)]
+    + [(QUERIES + 9, (n, n), True) for n in (0, 4)],
+)
+def test_over_a_cache_as_over_the_sequence(T, held, known):
+    """Whatever lies in the cache beyond what a row holds."""
+    size = T + 6
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, size, 3, 8)).astype(np.float32)
+    cache = rng.normal(size=(2, 2, size, 3, 8)).astype(np.float32)
+    new = np.zeros((3, 2, T, 3, 8), np.float32)
+    for b, n in enumerate(held):
+        cache[:, b, :n] = k[b, :n], v[b, :n]
+        new[:, b] = [x[b, n : n + T] for x in (q, k, v)]
+    out, k_BHKS, v_BHSK = jax.jit(cached_attention, static_argnames="start")(
+        *new,
+        cache[0].transpose(0, 2, 3, 1),
+        cache[1].transpose(0, 2, 1, 3),
+        jnp.asarray(held),
+        scale=8**-0.5,
+        start=held[0] if known else None,
+    )
+    positions = np.asarray(held)[:, None] + np.arange(T)
+    np.testing.assert_allclose(out, reference(new[0], k, v, positions), atol=2e-6)
+    for b, n in enumerate(held):
+        end = n + T
+        np.testing.assert_array_equal(
+            k_BHKS[b, :, :, :end].transpose(2, 0, 1), k[b, :end]
+        )
+        np.testing.assert_array_equal(v_BHSK[b, :, :end].swapaxes(0, 1), v[b, :end])
+        np.testing.assert_array_equal(
+            v_BHSK[b, :, end:].swapaxes(0, 1), cache[1, b, end:]
+        )
