@@ -30,13 +30,11 @@ class KVCache(flax.struct.PyTreeNode):
 
         It may be larger than n_positions, but what is beyond must not be attended to.
         """
-        rows = batch, cfg.n_head
-        zeros = lambda *axes: tuple(  # noqa: E731
-            jnp.zeros((*rows, *axes), dtype) for _ in range(cfg.n_layer)
-        )
+        k_shape = (batch, cfg.n_head, cfg.head_dim, size)
+        v_shape = (batch, cfg.n_head, size, cfg.head_dim)
         return cls(
-            zeros(cfg.head_dim, size),
-            zeros(size, cfg.head_dim),
+            tuple(jnp.zeros(k_shape, dtype) for _ in range(cfg.n_layer)),
+            tuple(jnp.zeros(v_shape, dtype) for _ in range(cfg.n_layer)),
             jnp.zeros((batch,), jnp.int32),
         )
 
@@ -47,11 +45,8 @@ class KVCache(flax.struct.PyTreeNode):
 
     def resize(self, size: int) -> "KVCache":
         """With room for `size` tokens a row, at least as many as now."""
-        more = (0, size - self.size)
-        grow = lambda x, axis: jnp.pad(  # noqa: E731
-            x, [more if i == axis else (0, 0) for i in range(x.ndim)]
-        )
+        none, more = (0, 0), (0, size - self.size)
         return self.replace(
-            k_BHKS=tuple(grow(x, 3) for x in self.k_BHKS),
-            v_BHSK=tuple(grow(x, 2) for x in self.v_BHSK),
+            k_BHKS=tuple(jnp.pad(x, (none, none, none, more)) for x in self.k_BHKS),
+            v_BHSK=tuple(jnp.pad(x, (none, none, more, none)) for x in self.v_BHSK),
         )

@@ -88,7 +88,7 @@ BY_ROW = Layout(major_to_minor=(0, 1))
 def project_rows(
     x_MI: jax.Array, weight_OI: jax.Array, scale_O: jax.Array | None = None
 ) -> jax.Array:
-    """Float32 [M, O] of x and a weight that has its inputs along the last axis.
+    """Float32 [M, O] of x and a weight (taken in the dtype of x), inputs along rows.
 
     So weights stream at the speed of memory when rows are few. XLA:CPU is held to it:
     weight first, all factors row by row, and in less than 32 bits two rows at least;
@@ -102,7 +102,9 @@ def project_rows(
       scale_O: float32; of the output channels of an int8 weight.
     """
     M, dtype = x_MI.shape[0], jnp.float32
-    if scale_O is not None:
+    if scale_O is None:
+        weight_OI = weight_OI.astype(x_MI.dtype)
+    else:
         x_MI = x_MI.astype(jnp.float32)
         step_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True) / 127
         step_M1 = jnp.maximum(step_M1, jnp.finfo(jnp.float32).tiny)
@@ -175,7 +177,6 @@ class Linear(nn.Module):
         rows = x.shape[: x.ndim - len(in_shape)]
         weight: jax.Array = self.get_variable("params", "weight")
         scale: jax.Array | None = self.get_variable("params", "scale")
-        weight = weight if weight.dtype == jnp.int8 else weight.astype(self.dtype)
         x_MI = x.reshape(math.prod(rows), -1)
         y_MO = project_rows(x_MI, weight.reshape(-1, x_MI.shape[1]), scale)
         return y_MO.reshape(*rows, *out_shape)
@@ -208,9 +209,8 @@ class TokenEmbedding(nn.Module):
         rows = x.shape[:-1]
         if not self.is_int8 and math.prod(rows) > FEW_ROWS:
             return _dot(x, self.embedding.astype(self.dtype), (1,))
-        table, scale = self.embedding, self.scale if self.is_int8 else None
-        table = table if self.is_int8 else table.astype(self.dtype)
-        y_MV = project_rows(x.reshape(-1, x.shape[-1]), table, scale)
+        scale = self.scale if self.is_int8 else None
+        y_MV = project_rows(x.reshape(-1, x.shape[-1]), self.embedding, scale)
         return y_MV.reshape(*rows, -1)
 
 

@@ -296,9 +296,7 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     drawn_B = s.temperature_B > 0
     temperature_B1 = jnp.where(drawn_B, s.temperature_B, 1.0)[:, None]
     # Divided by less than 1 logits may overflow; from 0 downward that does no harm.
-    greatest_B1 = jnp.maximum(
-        logits_BV.max(axis=-1, keepdims=True), jnp.finfo(logits_BV.dtype).min
-    )
+    greatest_B1 = _greatest(logits_BV)
     logits_BV = logits_BV - jnp.where(temperature_B1 < 1, greatest_B1, 0.0)
     logits_BV = logits_BV / temperature_B1
     filters: tuple[tuple[Array, Callable[[jax.Array], jax.Array]], ...] = (
@@ -310,6 +308,12 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     for asked_B, keep in filters:
         logits_BV = _if_any(drawn_B & asked_B, keep, logits_BV)
     return logits_BV
+
+
+def _greatest(logits_BV: jax.Array) -> jax.Array:
+    """Of each row, [B, 1]; finite where all are -inf, so that it can be taken away."""
+    lowest = jnp.finfo(logits_BV.dtype).min
+    return jnp.maximum(logits_BV.max(axis=-1, keepdims=True), lowest)
 
 
 def _if_any(
@@ -345,9 +349,7 @@ def draw_token(logits_BV: jax.Array, key_B: jax.Array) -> jax.Array:
     LANES + V / LANES random numbers do, and not V, which on a CPU take longer to make
     than all filters. Rows that have no finite logit get any token.
     """
-    greatest_B1 = jnp.maximum(
-        logits_BV.max(axis=-1, keepdims=True), jnp.finfo(logits_BV.dtype).min
-    )
+    greatest_B1 = _greatest(logits_BV)
     padding = ((0, 0), (0, -logits_BV.shape[1] % LANES))
     x_BV = jnp.pad(logits_BV - greatest_B1, padding, constant_values=-jnp.inf)
     x_BNL = x_BV.reshape(x_BV.shape[0], -1, LANES)
