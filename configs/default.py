@@ -12,8 +12,10 @@ def get_config() -> ConfigDict:
     c.seed = 0  # of the initialisation, the order of the data and dropout
     c.steps = 1000  # updates
     c.batch_size = 16  # examples of a global batch
+    c.batch_warmup = ()  # ((TOKENS, SIZE), ...): until so many tokens, so many examples
     c.block_size = 256  # tokens of an example
-    c.accumulation = 1  # microbatches that a batch is cut into, one after another
+    c.device_batch_size = 0  # examples on a device at a time, the batch being cut into
+    # microbatches that are added up; 0: all at once
     c.dtype = "float32"  # of the computation: float32 or bfloat16
     c.log_every = 10  # steps between records of the training metrics
 
@@ -57,7 +59,7 @@ def get_config() -> ConfigDict:
 
     e = c.eval = ConfigDict()
     e.every = 100  # steps
-    e.batches = 20  # microbatches from the start of the validation split; 0: all
+    e.examples = 320  # from the start of the validation split; 0: all
     e.sample_tokens = 0  # tokens to generate at each evaluation; 0: none
     e.sample_prompt = ""
 

@@ -4,8 +4,9 @@ Command:  python scripts/prepare_data.py --path=TEXT --out=data/text
           --tokenizer=FOLDER_WITH_GPT2_VOCABULARY
           python scripts/train.py --config=configs/gpt2_124m.py --workdir=runs/124m
           --config.data.path=data/text
-Hardware: 8 accelerators of 80 GB or more, 8 examples each at a time; with fewer or
-          smaller ones raise accumulation (1 GPU: --config.accumulation=64).
+Hardware: 8 accelerators of 80 GB or more, 8 examples each at a time; with fewer of
+          them more microbatches are added up, for smaller ones set
+          --config.device_batch_size.
 Time:     0.8 hours on 8 H100 at 40% MFU (computed from 6N + 12LDT, not measured).
 Loss:     about 3.29 on FineWeb (published for this recipe, not run here).
 """
@@ -20,7 +21,7 @@ def get_config() -> ConfigDict:
     c.steps = 19_073
     c.batch_size = 512
     c.block_size = 1024
-    c.accumulation = 8
+    c.device_batch_size = 8
     c.dtype = "bfloat16"
     c.model.vocab_size = 50_304  # 50257 and padding, which is never drawn
     c.model.n_positions = 1024
@@ -34,6 +35,6 @@ def get_config() -> ConfigDict:
     c.optim.min_learning_rate = 6e-5
     c.optim.warmup_steps = 700
     c.eval.every = 250
-    c.eval.batches = 20
+    c.eval.examples = 1280
     c.checkpoint.every = 1000
     return c

@@ -12,19 +12,24 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gpt2_jax import distributed
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
 
+T = TypeVar("T")
+
 FORMAT = 1
+_ELSEWHERE = "another process can't read it"
 VAL_LOSS = "val_loss"
 
 
@@ -137,17 +142,22 @@ def check_steps(folder: Path) -> list[int]:
     Raises:
       DamagedCheckpointError: naming a step whose parts are not all there.
     """
+    steps = _steps(folder)
+    for step in steps:
+        _check_parts(folder / str(step))
+    return steps
+
+
+def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
-    for step in steps:
-        for part in ("state", "meta", "tokenizer"):
-            if not (folder / str(step) / part).is_dir():
-                raise DamagedCheckpointError(
-                    f"checkpoint {folder / str(step)} is damaged: no folder {part!r}; "
-                    "remove or repair that step"
-                )
-    return steps
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
+def _check_parts(step_folder: Path) -> None:
+    for part in ("state", "meta", "tokenizer"):
+        if not (step_folder / part).is_dir():
+            raise _damaged(step_folder, f"no folder {part!r}")
 
 
 def find_step(path: Path, step: int | None = None) -> Path:
@@ -171,6 +181,62 @@ def find_step(path: Path, step: int | None = None) -> Path:
     if step is not None and step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}: {steps}")
     return folder / str(steps[-1] if step is None else step)
+
+
+def latest_sound(
+    folder: Path, abstract: Any, check: Callable[[Path, Contract], None]
+) -> tuple[Contract, Any] | None:
+    """Contract and arrays of the latest step in `folder` that isn't damaged.
+
+    Damaged ones are named on stderr and moved to the folder `damaged` beside `folder`.
+    All processes of a job call it together, and take the same step.
+
+    Args:
+      abstract: as of `restore`.
+      check: is called with a step's folder and contract before its arrays are read.
+
+    Returns:
+      None when no step was ever saved.
+
+    Raises:
+      DamagedCheckpointError: when none is sound: nothing is begun anew then.
+    """
+    aside = folder.parent / "damaged"
+    while steps := _steps(folder):
+        step_folder = folder / str(steps[-1])
+        contract: Contract | None = None
+        error: DamagedCheckpointError | None = None
+        try:
+            _check_parts(step_folder)
+            contract = read_contract(step_folder)
+        except DamagedCheckpointError as e:
+            error = e
+        if distributed.all_agree(contract is not None):
+            assert contract is not None
+            check(step_folder, contract)
+            try:
+                return contract, restore(step_folder, abstract)
+            except DamagedCheckpointError as e:
+                error = e
+        distributed.first_alone(partial(_set_aside, step_folder, aside, error))
+    if aside.is_dir() and any(aside.iterdir()):
+        raise DamagedCheckpointError(
+            f"no sound checkpoint is left in {folder}, damaged ones are in {aside}: "
+            "remove that to begin anew, or choose another workdir"
+        )
+    return None
+
+
+def _set_aside(step_folder: Path, aside: Path, error: Exception | None) -> None:
+    if not step_folder.exists():  # another process did it
+        return
+    aside.mkdir(exist_ok=True)
+    to = aside / step_folder.name
+    while to.exists():
+        to = to.with_name(to.name + "+")
+    step_folder.rename(to)
+    why = error or _damaged(step_folder, _ELSEWHERE)
+    print(f"note: {why}; it is now {to}", file=sys.stderr, flush=True)
 
 
 def read_contract(step_folder: Path) -> Contract:
@@ -205,6 +271,8 @@ def read_contract(step_folder: Path) -> Contract:
 def restore(step_folder: Path, abstract: Any) -> Any:
     """Restores a tree of arrays onto the shardings of its abstract leaves.
 
+    All processes of a job call it together, and it raises in all of them or in none.
+
     Args:
       step_folder: one step of a run.
       abstract: a dict with any of the keys step, params and opt_state, whose
@@ -222,13 +290,19 @@ def restore(step_folder: Path, abstract: Any) -> Any:
         ),
         abstract,
     )
-    tree = _restore(
-        step_folder,
-        "state",
-        ocp.args.PyTreeRestore(
-            item=abstract, restore_args=restore_args, partial_restore=True
-        ),
-    )
+    tree, error = None, None
+    try:
+        tree = _restore(
+            step_folder,
+            "state",
+            ocp.args.PyTreeRestore(
+                item=abstract, restore_args=restore_args, partial_restore=True
+            ),
+        )
+    except DamagedCheckpointError as e:
+        error = e
+    if not distributed.all_agree(error is None):
+        raise error or _damaged(step_folder, _ELSEWHERE)
     said = _restore(step_folder, "meta", ocp.args.JsonRestore())["checksums"]
     for name, value in checksums(tree).items():
         if said.get(name) != value:
@@ -279,6 +353,11 @@ def _restore(step_folder: Path, item: str, args: Any) -> Any:
         if isinstance(args, ocp.args.JsonRestore)
         else ocp.PyTreeCheckpointHandler()
     )
+    # Not waiting for other processes, which may have met with damage.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read-{me}"
+    )
     unraisable = sys.unraisablehook
 
     def hook(complaint: Any) -> None:
@@ -289,7 +368,7 @@ def _restore(step_folder: Path, item: str, args: Any) -> Any:
     asyncio_logger = logging.getLogger("asyncio")  # "exception was never retrieved"
     asyncio_logger.disabled = True
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore((step_folder / item).absolute(), args=args)
     except Exception as e:  # Orbax raises bare Exceptions on damaged files
         raise _damaged(step_folder, f"{item}: {e.__cause__ or e}") from e

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
+_AUTO = (AxisType.Auto,) * len(AXES)
 
 # Every parameter matches one row, by the end of its path; so do the optimizer's
 # moments, whose paths end alike.
@@ -43,7 +45,8 @@ def make_mesh(
     """A mesh of all devices, or of those given; one axis may be -1: the rest.
 
     Raises:
-      ValueError: when the product of the axes isn't the number of devices.
+      ValueError: when the product of the axes isn't the number of devices, or when
+        several slices do not divide the data axis.
     """
     shape = [data, fsdp, tensor]
     n_devices = jax.device_count() if devices is None else len(devices)
@@ -55,9 +58,25 @@ def make_mesh(
         shape[shape.index(-1)] = max(1, n_devices // rest)
     if math.prod(shape) != n_devices:
         raise ValueError(f"mesh {asked} does not fit the {n_devices} devices")
-    return jax.make_mesh(
-        tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    chosen = jax.devices() if devices is None else list(devices)
+    n_slices = len({getattr(d, "slice_index", 0) for d in chosen})
+    if n_slices > 1:
+        return Mesh(_over_slices(shape, n_slices, chosen), AXES, axis_types=_AUTO)
+    return jax.make_mesh(tuple(shape), AXES, axis_types=_AUTO, devices=devices)
+
+
+def _over_slices(
+    shape: Sequence[int], n_slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+    """Devices in the form of a mesh: only the data axis crosses the slow network."""
+    data, fsdp, tensor = shape
+    if data % n_slices:
+        raise ValueError(
+            f"mesh.data={data} does not divide by the {n_slices} slices: only data "
+            "parallelism goes across slices"
+        )
+    within = (data // n_slices, fsdp, tensor)
+    return mesh_utils.create_hybrid_device_mesh(within, (n_slices, 1, 1), devices)
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -83,9 +102,21 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> P:
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
                 f"{name} has a dimension of {size}, which mesh axis "
-                f"{axis}={mesh.shape[axis]} does not divide"
+                f"{axis}={mesh.shape[axis]} does not divide; "
+                f"{_nearest(name, size, mesh.shape[axis], mesh.size, axis)}"
             )
     return specs[0]
+
+
+def _nearest(name: str, size: int, shards: int, n_devices: int, axis: str) -> str:
+    """What would do instead, for an error's text."""
+    fits = [str(n) for n in range(1, n_devices + 1) if size % n == 0]
+    text = f"of up to {n_devices} devices, {axis}={', '.join(fits)} would"
+    if name.endswith("wte/embedding") and axis == "tensor":
+        unit = math.lcm(128, shards)
+        padded = -(-size // unit) * unit
+        text += f", and so would model.vocab_size={padded} (padding is never seen)"
+    return text
 
 
 def on_device(tree: Any, device: jax.Device) -> Any:
@@ -120,6 +151,15 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def local_copy(tree: Any, mesh: Mesh) -> Any:
+    """The whole of each array on one device of this process, for it alone to use.
+
+    All processes of the mesh call it together.
+    """
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), whole)
 
 
 def n_batch_shards(mesh: Mesh) -> int:

@@ -2,7 +2,9 @@
 
 import ctypes
 import dataclasses
+import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -15,16 +17,17 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gpt2_jax import checkpoint, metrics, optim, sharding
+from gpt2_jax import checkpoint, distributed, metrics, optim, sharding
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.loader import TokenDataset, eval_batches, train_batch
+from gpt2_jax.data.loader import TokenDataset, eval_batches, train_examples
 from gpt2_jax.data.prepare import prepared_folder
-from gpt2_jax.evaluate import check_batch, evaluate, make_eval_step
+from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.generate import generate
-from gpt2_jax.model import GPT2, count_params, dtype_named
+from gpt2_jax.model import GPT2, Params, count_params, dtype_named
 from gpt2_jax.options import Options
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from gpt2_jax.train_step import TrainState, abstract_state, init_state, train_step
@@ -50,7 +53,7 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     every: int
-    batches: int
+    examples: int
     sample_tokens: int
     sample_prompt: str
 
@@ -72,8 +75,9 @@ class TrainConfig:
     seed: int
     steps: int
     batch_size: int
+    batch_warmup: tuple[tuple[int, int], ...]
     block_size: int
-    accumulation: int
+    device_batch_size: int
     dtype: str
     log_every: int
     model: Mapping[str, Any]  # GPT2Config's fields; vocab_size 0: the tokenizer's
@@ -84,7 +88,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
 
     def __post_init__(self) -> None:
-        at_least_1 = ("steps", "batch_size", "block_size", "accumulation", "log_every")
+        at_least_1 = ("steps", "batch_size", "block_size", "log_every")
         for name, value in [
             *((name, getattr(self, name)) for name in at_least_1),
             ("eval.every", self.eval.every),
@@ -95,16 +99,19 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} must be >= 1")
         for name, value in [
             ("seed", self.seed),
-            ("eval.batches", self.eval.batches),
+            ("device_batch_size", self.device_batch_size),
+            ("eval.examples", self.eval.examples),
             ("eval.sample_tokens", self.eval.sample_tokens),
         ]:
             if value < 0:
                 raise ValueError(f"{name}={value} must be >= 0")
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size={self.batch_size} does not divide by "
-                f"accumulation={self.accumulation}"
-            )
+        stages = [(0, 1), *self.batch_warmup, (math.inf, self.batch_size)]
+        for (tokens, size), (later, larger) in itertools.pairwise(stages):
+            if not (tokens < later and size <= larger):
+                raise ValueError(
+                    f"batch_warmup={self.batch_warmup} must be pairs of tokens and "
+                    f"batch size that rise to batch_size={self.batch_size}"
+                )
         if self.block_size > self.model["n_positions"]:
             raise ValueError(
                 f"block_size={self.block_size} exceeds "
@@ -127,9 +134,41 @@ class TrainConfig:
             **{k: sections[k](**v) if k in sections else v for k, v in values.items()}
         )
 
-    @property
-    def microbatch(self) -> int:
-        return self.batch_size // self.accumulation
+    def batch(self, step: int) -> range:
+        """The numbers of the examples of the batch of a step, the run's first being 0.
+
+        `batch_warmup` says until how many tokens a batch has how many examples.
+        """
+        at, first = 0, 0  # step and example at which a stage begins
+        for tokens, size in self.batch_warmup:
+            left = tokens - first * self.block_size
+            steps = max(0, -(-left // (size * self.block_size)))
+            if step < at + steps:
+                return range(first + (step - at) * size, first + (step - at + 1) * size)
+            at, first = at + steps, first + steps * size
+        first += (step - at) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def microbatches(self, batch_size: int, mesh: Mesh) -> int:
+        """Into how many microbatches, one after another, a batch is cut: the fewest.
+
+        Each is spread evenly over the mesh, at most `device_batch_size` examples to a
+        device. So the same batch is computed on any number of devices.
+
+        Raises:
+          ValueError: when that can't be.
+        """
+        shards = sharding.n_batch_shards(mesh)
+        if batch_size % shards:
+            raise ValueError(
+                f"a batch of {batch_size} examples does not divide by the {shards} "
+                "devices that it is spread over"
+            )
+        each = batch_size // shards  # examples of a device
+        limit = self.device_batch_size or each
+        return next(
+            n for n in range(1, each + 1) if each % n == 0 and each // n <= limit
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,28 +192,31 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
     """
     workdir = Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
-    check_batch(cfg.microbatch, mesh)
+    for size in {size for _, size in cfg.batch_warmup} | {cfg.batch_size}:
+        cfg.microbatches(size, mesh)
     make_writable(workdir)
+    distributed.check_shared(workdir)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    data_folder = prepared_folder(
-        cfg.data.path or None,
-        workdir / "data",
-        tokenizer=cfg.data.tokenizer,
-        vocab_size=cfg.data.vocab_size or None,
-        splits=cfg.data.splits,
+    data_folder = distributed.first_alone(
+        lambda: prepared_folder(
+            cfg.data.path or None,
+            workdir / "data",
+            tokenizer=cfg.data.tokenizer,
+            vocab_size=cfg.data.vocab_size or None,
+            splits=cfg.data.splits,
+        )
     )
     tokenizer = load_tokenizer(data_folder / "tokenizer")
     model = make_model(cfg, tokenizer)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
-    checkpoints = checkpoint.Checkpoints(
-        workdir / "checkpoints", keep_last=cfg.checkpoint.keep_last
-    )
+    folder = workdir / "checkpoints"
     with StopSignals() as stop:
+        state = resume(cfg, model, optimizer, mesh, tokenizer, folder)
+        if state is None:
+            state = init_state(model, optimizer, mesh, cfg.seed)
+        checkpoints = checkpoint.Checkpoints(folder, keep_last=cfg.checkpoint.keep_last)
         try:
-            state = resume(cfg, model, optimizer, mesh, tokenizer, checkpoints)
-            if state is None:
-                state = init_state(model, optimizer, mesh, cfg.seed)
             run = _Run(cfg, workdir, mesh, data_folder, tokenizer, model, checkpoints)
             return run.loop(state, optimizer, stop)
         finally:
@@ -207,18 +249,35 @@ def resume(
     optimizer: Any,
     mesh: Mesh,
     tokenizer: Tokenizer,
-    checkpoints: checkpoint.Checkpoints,
+    folder: Path,
 ) -> TrainState | None:
-    """The state of the latest checkpoint, or None where there is none.
+    """The state of the latest sound checkpoint in `folder`, None where there is none.
+
+    A damaged one is named on stderr and set aside, and the one before is taken.
 
     Raises:
+      DamagedCheckpointError: when each of them is damaged.
       ValueError: when it is of another model or tokenizer, or has gone further.
     """
-    step = checkpoints.latest_step()
-    if step is None:
+    abstract = checkpoint.as_tree(abstract_state(model, optimizer, mesh))
+    check = partial(_check_contract, cfg, model, tokenizer)
+    found = checkpoint.latest_sound(folder, abstract, check)
+    if found is None:
         return None
-    folder = checkpoints.folder / str(step)
-    contract = checkpoint.read_contract(folder)
+    contract, tree = found
+    for name, (old, new) in changes(contract.run, plain(cfg)).items():
+        _note(f"{name} was {old} and is now {new}")
+    return TrainState(**tree)
+
+
+def _check_contract(
+    cfg: TrainConfig,
+    model: GPT2,
+    tokenizer: Tokenizer,
+    folder: Path,
+    contract: checkpoint.Contract,
+) -> None:
+    """Raises ValueError when a checkpoint is not one of this run."""
     ours, theirs = dataclasses.asdict(model.cfg), dataclasses.asdict(contract.model)
     for name, value in theirs.items():
         if ours[name] != value:
@@ -231,13 +290,13 @@ def resume(
             f"checkpoint {folder} has another tokenizer than the data: choose another "
             "workdir or the same data"
         )
-    if step > cfg.steps:
+    if contract.step > cfg.steps:
         raise ValueError(f"checkpoint {folder} is past steps={cfg.steps}")
-    abstract = abstract_state(model, optimizer, mesh)
-    tree = checkpoint.restore(folder, checkpoint.as_tree(abstract))
-    for name, (old, new) in changes(contract.run, plain(cfg)).items():
-        print(f"note: {name} was {old} and is now {new}", file=sys.stderr)
-    return TrainState(**tree)
+
+
+def _note(text: str) -> None:
+    if distributed.is_first():
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 class _Run:
@@ -267,6 +326,7 @@ class _Run:
             else None
         )
         self.eval_step = make_eval_step(model)
+        self.writes = distributed.is_first()
         self.val_loss: float | None = None
         self._clock: float | None = None  # when the last step was seen to end
 
@@ -277,6 +337,10 @@ class _Run:
         step_fn = jax.jit(
             partial(train_step, model=self.model, optimizer=optimizer, seed=cfg.seed),
             donate_argnums=0,
+            out_shardings=(
+                jax.tree.map(lambda x: x.sharding, state),
+                sharding.replicated(self.mesh),
+            ),
         )
         try:
             if start == 0:
@@ -287,7 +351,7 @@ class _Run:
                 state, fresh = step_fn(state, tokens)
                 self._log(pending)
                 pending = (step + 1, fresh)
-                last = step + 1 == cfg.steps or stop.received is not None
+                last = stop.requested(step + 1) or step + 1 == cfg.steps
                 evaluated = last or (step + 1) % cfg.eval.every == 0
                 saved = last or (step + 1) % cfg.checkpoint.every == 0
                 if evaluated or saved:
@@ -306,19 +370,22 @@ class _Run:
             return self._close(int(state.step), stop.received)
         finally:
             self._bar.close()
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
 
     def _open(self, state: TrainState, start: int) -> None:
         cfg, shape = self.cfg, self.mesh.shape
-        (self.workdir / "config.json").write_text(json.dumps(plain(cfg), indent=1))
+        if self.writes:
+            (self.workdir / "config.json").write_text(json.dumps(plain(cfg), indent=1))
         n_params = count_params(state.params)
         self._flops = metrics.flops_per_token(self.model.cfg, n_params, cfg.block_size)
         peak, source = metrics.peak_flops(self.model.dtype)
         self._peak = peak * self.mesh.size
         self._schedule = optim.schedule(cfg.optim, cfg.steps)
-        self._recent: list[float] = []  # seconds of the steps since the last record
-        self._writer = metrics.Writer(self.workdir, start)
-        on_terminal = sys.stderr.isatty()
+        # (tokens, seconds) of the steps since the last record
+        self._recent: list[tuple[int, float]] = []
+        self._writer = metrics.Writer(self.workdir, start) if self.writes else None
+        on_terminal = sys.stderr.isatty() and self.writes
         self._bar = tqdm(
             total=cfg.steps,
             initial=start,
@@ -333,7 +400,8 @@ class _Run:
         )
         self._say(
             f"{len(devices)} x {devices[0].device_kind}, mesh {dict(shape)}, "
-            f"{cfg.dtype}; {cfg.batch_size} x {cfg.block_size} tokens a step"
+            f"{cfg.dtype}; {cfg.batch_size} x {cfg.block_size} tokens a step, "
+            f"microbatches {cfg.microbatches(cfg.batch_size, self.mesh)}"
         )
         self._say(
             f"MFU = tokens/s x (6N + 12LDT) / peak, peak {self._peak / 1e12:.3g} "
@@ -350,7 +418,8 @@ class _Run:
         values = {name: float(x) for name, x in jax.device_get(arrays).items()}
         now = time.perf_counter()
         if self._clock is not None:
-            self._recent.append(now - self._clock)
+            tokens = len(self.cfg.batch(step - 1)) * self.cfg.block_size
+            self._recent.append((tokens, now - self._clock))
         self._clock = now
         self._bar.update(step - self._bar.n)
         shown = {"loss": values["loss"], "val": self.val_loss}
@@ -361,13 +430,13 @@ class _Run:
             return
         values["learning_rate"] = float(self._schedule(step - 1))
         if self._recent:
-            seconds = float(np.mean(self._recent))
-            rate = self.cfg.batch_size * self.cfg.block_size / seconds
-            values["step_seconds"] = seconds
+            tokens, seconds = np.sum(self._recent, axis=0).tolist()
+            rate = tokens / seconds
+            values["step_seconds"] = seconds / len(self._recent)
             values["tokens_per_second"] = rate
             values["mfu"] = rate * self._flops / self._peak
             self._recent.clear()
-        self._writer.write(step, **values)
+        self._write(step, **values)
         if self._bar.disable:
             speed = (
                 f", {values['tokens_per_second']:,.0f} tokens/s, "
@@ -381,41 +450,49 @@ class _Run:
         """Validation loss over the same batches each time, and a sample if asked."""
         cfg = self.cfg
         if self.validation is not None:
+            cut = cfg.microbatches(cfg.batch_size, self.mesh)
+            batch_size = cfg.batch_size // cut
             batches = eval_batches(
                 self.validation,
-                batch_size=cfg.microbatch,
+                batch_size=batch_size,
                 block_size=cfg.block_size,
-                max_batches=cfg.eval.batches or None,
+                max_examples=cfg.eval.examples or None,
             )
             result = evaluate(
                 state.params, batches, step=self.eval_step, mesh=self.mesh
             )
             self.val_loss = result.loss
-            self._writer.write(step, val_loss=result.loss)
+            self._write(step, val_loss=result.loss)
             self._say(
                 f"step {step}/{cfg.steps}: validation loss {result.loss:.4f}, "
                 f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens)"
             )
         if cfg.eval.sample_tokens:
-            text = self._sample(state)
-            self._writer.write_text(step, "sample", text)
-            self._say(f"--- sample at step {step}\n{text}\n---")
+            self._sample(state.params, step)
         return self.val_loss
 
-    def _sample(self, state: TrainState) -> str:
+    def _sample(self, params: Params, step: int) -> None:
+        mesh: Mesh | None = self.mesh
+        if jax.process_count() > 1:
+            params, mesh = sharding.local_copy(params, self.mesh), None
+            if not self.writes:
+                return
         prompt = self.cfg.eval.sample_prompt
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
         [new_ids] = generate(
             self.model,
-            state.params,
+            params,
             [ids],
             Options(max_new_tokens=self.cfg.eval.sample_tokens),
             seed=self.cfg.seed,
             end_ids=[self.tokenizer.eot_id],
             n_valid=self.tokenizer.vocab_size,
-            mesh=self.mesh,
+            mesh=mesh,
         )
-        return prompt + self.tokenizer.decode(new_ids)
+        text = prompt + self.tokenizer.decode(new_ids)
+        if self._writer is not None:
+            self._writer.write_text(step, "sample", text)
+        self._say(f"--- sample at step {step}\n{text}\n---")
 
     def _save(self, state: TrainState, val_loss: float | None) -> None:
         self.checkpoints.save(
@@ -427,9 +504,11 @@ class _Run:
         )
 
     def _close(self, step: int, received: int | None) -> Result:
+        self._bar.close()
+        if not self.writes:
+            return Result(step, self.val_loss, received)
         curve = self.workdir / "loss.png"
         metrics.plot_losses(self.workdir / "metrics.jsonl", curve)
-        self._bar.close()
         if received is not None:
             name = signal.Signals(received).name
             print(
@@ -440,7 +519,13 @@ class _Run:
             print(f"done: step {step}, run in {self.workdir}, loss curve in {curve}")
         return Result(step, self.val_loss, received)
 
+    def _write(self, step: int, **values: float) -> None:
+        if self._writer is not None:
+            self._writer.write(step, **values)
+
     def _say(self, text: str) -> None:
+        if not self.writes:
+            return
         if self._bar.disable:
             print(text, flush=True)
         else:
@@ -452,49 +537,58 @@ def global_batch(
 ) -> jax.Array:
     """The batch of a step, int32 [A, B, T + 1], B spread over the mesh.
 
-    Example i of the global batch is [i // B, i % B]; each host reads only the rows
-    of its own devices.
+    Example i of the batch is [i // B, i % B]; each host reads only the rows of its own
+    devices.
     """
-    shape = (cfg.accumulation, cfg.microbatch, cfg.block_size + 1)
-    row_AB = np.arange(cfg.batch_size).reshape(shape[:2])
+    examples = np.array(cfg.batch(step))
+    number_AB = examples.reshape(cfg.microbatches(len(examples), mesh), -1)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        rows_AB = row_AB if index is None else row_AB[index[:2]]
-        tokens = train_batch(
-            dataset,
-            seed=cfg.seed,
-            step=step,
-            batch_size=cfg.batch_size,
-            block_size=cfg.block_size,
-            rows=rows_AB.ravel(),
+        mine_AB = number_AB if index is None else number_AB[index[:2]]
+        tokens = train_examples(
+            dataset, mine_AB.ravel(), seed=cfg.seed, block_size=cfg.block_size
         )
-        return tokens.reshape(*rows_AB.shape, -1)
+        return tokens.reshape(*mine_AB.shape, -1)
 
+    shape = (*number_AB.shape, cfg.block_size + 1)
     spread = sharding.batch_sharding(mesh, ndim=3, axis=1)
     return jax.make_array_from_callback(shape, spread, read)
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT set `received`; a second one kills."""
+    """While entered, SIGTERM and SIGINT set `received`; a second one kills.
+
+    In a job of several processes JAX's preemption service listens for SIGTERM, or for
+    the cloud's notice, in each of them, and names one step at which all stop.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._in_job = jax.distributed.is_initialized()
 
     def __enter__(self) -> Self:
-        self._old = {
-            s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        ours = [signal.SIGINT] if self._in_job else [signal.SIGTERM, signal.SIGINT]
+        self._old = {s: signal.signal(s, self._handle) for s in ours}
         return self
 
     def __exit__(self, *_: object) -> None:
         for s, handler in self._old.items():
             signal.signal(s, handler)
 
+    def requested(self, step: int) -> bool:
+        """Whether the run ends with this step; in a job all ask at every step."""
+        if self._in_job and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
     def _handle(self, number: int, _: object) -> None:
-        self.received = number
         for s, handler in self._old.items():
             signal.signal(s, handler)
         print("stopping after this step ...", file=sys.stderr, flush=True)
+        if self._in_job:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.received = number
 
 
 def make_writable(workdir: Path) -> None:

@@ -1,23 +1,42 @@
 """Trains a GPT-2, or goes on where the same command left off.
 
 python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+On several hosts the same command runs on each. TPU pods, Slurm, Open MPI and indexed
+Kubernetes jobs are found; elsewhere --coordinator_address=HOST:PORT --num_processes=N
+--process_id=I say who is who. Exit status: 0 done; 143 or 130 stopped by SIGTERM or
+Ctrl-C, with a checkpoint; 75 a peer was lost; in these three the same command goes on.
+2 is bad input.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from gpt2_jax import cli
+from gpt2_jax.distributed import Job, run
 from gpt2_jax.train import TrainConfig, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "This one's number, from 0.")
+_START = flags.DEFINE_integer("start_timeout", 300, "Seconds for all to come.")
+_PEER = flags.DEFINE_integer("peer_timeout", 100, "Seconds until silence is death.")
 flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> int:
-    result = train(TrainConfig.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
-    # As shells say it: 130 after Ctrl-C, 143 after SIGTERM; the same command resumes.
-    return 0 if result.signal is None else 128 + result.signal
+    cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
+    job = Job(
+        *(_ADDRESS.value, _PROCESSES.value, _PROCESS.value, _START.value, _PEER.value)
+    )
+
+    def program() -> int:
+        stopped_by = train(cfg, _WORKDIR.value).signal
+        return 0 if stopped_by is None else 128 + stopped_by  # as shells say it
+
+    return run(job, program)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # __init__ is what `import gpt2_jax` gives; data is data/__init__.py, which is empty.
 HOUSE = [
     "cli",
+    "xla_flags",
     "__init__",
     "lm",
     "train",
@@ -39,6 +40,7 @@ HOUSE = [
     "tokenizer",
     "optim",
     "metrics",
+    "distributed",
     "sharding",
     "weights",
     "model",

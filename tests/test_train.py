@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from gpt2_jax.data.loader import TokenDataset, train_batch
+from gpt2_jax.data.loader import TokenDataset, train_examples
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import ByteTokenizer
@@ -49,14 +49,16 @@ def test_each_config_is_a_valid_run(name):
     [
         ({"steps": 0}, "steps=0 must be >= 1"),
         ({"batch_size": 0}, "batch_size=0 must be >= 1"),
-        ({"accumulation": 0}, "accumulation=0 must be >= 1"),
+        ({"device_batch_size": -1}, "device_batch_size=-1 must be >= 0"),
+        ({"batch_warmup": ((9, 32),)}, r"batch_warmup=\(\(9, 32\),\) must be pairs"),
+        ({"batch_warmup": ((9, 4), (9, 8))}, "must be pairs of tokens and batch size"),
+        ({"batch_warmup": ((9, 8), (20, 4))}, "that rise to batch_size=16"),
         ({"log_every": 0}, "log_every=0 must be >= 1"),
         ({"seed": -1}, "seed=-1 must be >= 0"),
         ({"eval__every": 0}, "eval.every=0 must be >= 1"),
-        ({"eval__batches": -1}, "eval.batches=-1 must be >= 0"),
+        ({"eval__examples": -1}, "eval.examples=-1 must be >= 0"),
         ({"checkpoint__every": 0}, "checkpoint.every=0 must be >= 1"),
         ({"checkpoint__keep_last": 0}, "checkpoint.keep_last=0 must be >= 1"),
-        ({"accumulation": 3}, "batch_size=16 does not divide by accumulation=3"),
         ({"block_size": 512}, "block_size=512 exceeds model.n_positions=256"),
         ({"dtype": "fp16"}, "dtype 'fp16' is not one of float32, bfloat16"),
         ({"optim__b1": 1.5}, "optim.b1=1.5 must be < 1"),
@@ -77,20 +79,50 @@ def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_refused():
         make_model(config(model__vocab_size=256), ByteTokenizer())
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_global_batch_is_the_loaders_whatever_the_mesh(tmp_path, accumulation):
+@pytest.mark.parametrize("device_batch_size", [0, 1, 4])
+def test_a_global_batch_is_the_same_on_every_mesh(tmp_path, device_batch_size):
+    """However many devices there are, and however little each of them takes."""
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 26) for i in range(5000)))
     prepare(text, tmp_path / "data", ByteTokenizer())
     dataset = TokenDataset(tmp_path / "data", "train")
-    cfg = config(batch_size=16, block_size=32, accumulation=accumulation)
-    expected = train_batch(dataset, seed=0, step=5, batch_size=16, block_size=32)
+    cfg = config(batch_size=16, block_size=32, device_batch_size=device_batch_size)
+    expected = train_examples(dataset, np.arange(80, 96), seed=0, block_size=32)
     for devices in (1, 4, 8):
         mesh = make_mesh(devices=jax.devices()[:devices])
         batch = global_batch(dataset, cfg, mesh, step=5)
-        assert batch.shape == (accumulation, 16 // accumulation, 33)
+        cut = (
+            1 if device_batch_size == 0 else max(1, 16 // devices // device_batch_size)
+        )
+        assert batch.shape == (cut, 16 // cut, 33)
         np.testing.assert_array_equal(np.asarray(batch).reshape(16, 33), expected)
         assert len(batch.sharding.device_set) == devices
+
+
+def test_microbatches_are_the_fewest_that_fit():
+    mesh = make_mesh(2, 2, 2)  # examples are spread over four
+    for size, limit, expected in [
+        (16, 0, 1),
+        (16, 4, 1),
+        (16, 3, 2),
+        (24, 4, 2),
+        (24, 5, 2),
+        (28, 3, 7),
+        (4, 9, 1),
+    ]:
+        cfg = config(batch_size=size, device_batch_size=limit)
+        assert cfg.microbatches(size, mesh) == expected
+    with pytest.raises(ValueError, match=r"batch of 6 examples .* by the 4 devices"):
+        config().microbatches(6, mesh)
+
+
+def test_the_batch_grows_by_tokens_and_leaves_no_example_out():
+    cfg = config(batch_size=16, block_size=10, batch_warmup=((100, 4), (400, 8)))
+    batches = [cfg.batch(step) for step in range(12)]
+    # 3 x 4 examples are the first to hold 100 tokens, 4 x 8 more to reach 400
+    assert [len(b) for b in batches] == [4] * 3 + [8] * 4 + [16] * 5
+    assert [i for b in batches for i in b] == list(range(3 * 4 + 4 * 8 + 5 * 16))
+    assert config(batch_size=6).batch(7) == range(42, 48)
 
 
 def test_changes_are_named_by_their_path():

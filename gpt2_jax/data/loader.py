@@ -1,8 +1,8 @@
-"""Token shards -> batches. A batch is a function of (seed, step) alone.
+"""Token shards -> batches. An example is a function of (seed, its number) alone.
 
-Example g = step * batch_size + row is the same window of tokens whatever the batch
-size and the number of hosts, so the position in the data is one integer, the step, and
-a host reads just its own rows. NumPy only: nothing here knows of devices.
+Example g of a run is the same window of tokens whatever the batch size and the number
+of hosts, so the position in the data is one integer, and a host reads just its own
+rows. NumPy only: nothing here knows of devices.
 """
 
 import functools
@@ -77,20 +77,18 @@ def _epoch(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     return starts
 
 
-def train_batch(
+def train_examples(
     dataset: TokenDataset,
+    numbers: np.ndarray,
     *,
     seed: int,
-    step: int,
-    batch_size: int,
     block_size: int,
-    rows: slice | np.ndarray | None = None,
 ) -> np.ndarray:
-    """int32 [n_rows, block_size + 1]: rows of the batch of a step; None is all.
+    """int32 [n, block_size + 1]: the examples of a run of those numbers, int [n].
 
     Tokens [:, :-1] are inputs, [:, 1:] targets. In an epoch each window of `block_size`
-    targets comes once, in an order and from a first token that (seed, epoch) decide; a
-    batch may span epochs. Any step is reached at once.
+    targets comes once, in an order and from a first token that (seed, epoch) decide.
+    Any example is reached at once.
 
     Raises ValueError if a number is out of range or the split is shorter than
     block_size + 1.
@@ -100,16 +98,11 @@ def train_batch(
             f"the {dataset.split} split has {len(dataset)} tokens, fewer than "
             f"block_size + 1 = {block_size + 1}"
         )
-    if batch_size < 1 or block_size < 1 or step < 0 or seed < 0:
-        raise ValueError(
-            f"out of range: {batch_size=}, {block_size=}, {step=} or {seed=}"
-        )
-    chosen = np.arange(batch_size, dtype=np.int64)
-    if rows is not None:
-        chosen = chosen[rows]
-    epochs, within = np.divmod(
-        step * batch_size + chosen, windows_per_epoch(len(dataset), block_size)
-    )
+    numbers = np.asarray(numbers, np.int64)
+    least = int(numbers.min(initial=0))
+    if block_size < 1 or seed < 0 or least < 0:
+        raise ValueError(f"out of range: {block_size=}, {seed=} or number={least}")
+    epochs, within = np.divmod(numbers, windows_per_epoch(len(dataset), block_size))
     starts = np.empty_like(within)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
@@ -122,39 +115,39 @@ def eval_batches(
     *,
     batch_size: int,
     block_size: int,
-    max_batches: int | None = None,
+    max_examples: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The split in order: tokens int32 [B, T + 1] and mask bool [B, T] of its targets.
 
     Every token but the first is a target exactly once, so over all batches the masks
     add up to len(dataset) - 1; the end is padded with token 0 under mask False. At most
-    `max_batches`, from the beginning.
+    `max_examples` rows that hold targets, from the beginning.
 
     Raises ValueError if a number is not positive or the split has no target.
     """
     if (
         batch_size < 1
         or block_size < 1
-        or (max_batches is not None and max_batches < 1)
+        or (max_examples is not None and max_examples < 1)
     ):
         raise ValueError(
-            f"out of range: {batch_size=}, {block_size=} or {max_batches=}"
+            f"out of range: {batch_size=}, {block_size=} or {max_examples=}"
         )
     targets = len(dataset) - 1
     if targets < 1:
         raise ValueError(
             f"the {dataset.split} split has {len(dataset)} token: no target"
         )
-    return _eval_batches(dataset, batch_size, block_size, max_batches)
+    return _eval_batches(dataset, batch_size, block_size, max_examples)
 
 
 def _eval_batches(
-    dataset: TokenDataset, batch_size: int, block_size: int, max_batches: int | None
+    dataset: TokenDataset, batch_size: int, block_size: int, max_examples: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     targets = len(dataset) - 1
-    per_batch = batch_size * block_size
-    count = -(-targets // per_batch)
-    for first in range(0, min(count, max_batches or count) * per_batch, per_batch):
+    if max_examples is not None:
+        targets = min(targets, max_examples * block_size)
+    for first in range(0, targets, batch_size * block_size):
         starts = first + block_size * np.arange(batch_size)
         left = np.clip(targets - starts, 0, block_size)  # targets of each row
         mask = np.arange(block_size) < left[:, None]

@@ -8,7 +8,7 @@ import pytest
 from gpt2_jax.data.loader import (
     TokenDataset,
     eval_batches,
-    train_batch,
+    train_examples,
     windows_per_epoch,
 )
 from gpt2_jax.data.prepare import prepare
@@ -50,6 +50,14 @@ def dataset(
     return TokenDataset(folder / "out", "train")
 
 
+def batch_of(
+    data: TokenDataset, *, seed: int, step: int, batch_size: int, block_size: int
+) -> np.ndarray:
+    """The batch of a step when all batches have the same size."""
+    numbers = np.arange(step * batch_size, (step + 1) * batch_size)
+    return train_examples(data, numbers, seed=seed, block_size=block_size)
+
+
 def test_windows_cross_shard_borders(tmp_path: Path):
     whole = np.append(np.arange(99), 256)
     for shard_tokens in (100, 40, 7, 1):
@@ -70,7 +78,7 @@ def test_windows_cross_shard_borders(tmp_path: Path):
 def test_uint32_ids(tmp_path: Path):
     data = dataset(tmp_path, 500, vocab_size=70_000, base=69_000)
     assert data.index.dtype == "uint32"
-    batch = train_batch(data, seed=0, step=0, batch_size=4, block_size=8)
+    batch = batch_of(data, seed=0, step=0, batch_size=4, block_size=8)
     assert batch.dtype == np.int32
     assert batch.max() >= 69_000
 
@@ -84,9 +92,7 @@ def test_an_epoch_has_each_window_once(tmp_path: Path, tokens: int, block: int):
     count = windows_per_epoch(tokens, block)
     phases = set()
     for epoch in range(6):
-        batch = train_batch(
-            data, seed=3, step=epoch, batch_size=count, block_size=block
-        )
+        batch = batch_of(data, seed=3, step=epoch, batch_size=count, block_size=block)
         assert batch.shape == (count, block + 1)
         starts = np.sort(batch[:, 0])
         assert (np.diff(starts) == block).all()
@@ -104,7 +110,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path):
     same = TokenDataset(tmp_path / "out", "train")
 
     def batch(source: TokenDataset, seed: int, step: int) -> np.ndarray:
-        return train_batch(source, seed=seed, step=step, batch_size=6, block_size=16)
+        return batch_of(source, seed=seed, step=step, batch_size=6, block_size=16)
 
     late = batch(data, 5, 10**9)  # a seek, before anything else was read
     for step in (0, 1, 9, 10, 11, 50):
@@ -123,7 +129,7 @@ def test_examples_do_not_depend_on_the_batch_size(tmp_path: Path):
     streams = [
         np.concatenate(
             [
-                train_batch(data, seed=1, step=step, batch_size=size, block_size=16)
+                batch_of(data, seed=1, step=step, batch_size=size, block_size=16)
                 for step in range(60 // size)
             ]
         )
@@ -134,14 +140,15 @@ def test_examples_do_not_depend_on_the_batch_size(tmp_path: Path):
     assert (streams[0] == streams[2]).all()
 
 
-def test_rows_are_rows_of_the_batch(tmp_path: Path):
+def test_each_host_may_read_its_own_rows(tmp_path: Path):
     data = dataset(tmp_path, 500)
-    args = {"seed": 2, "step": 7, "batch_size": 12, "block_size": 10}
-    full = train_batch(data, **args)
+    full = batch_of(data, seed=2, step=7, batch_size=12, block_size=10)
     for rows in (slice(0, 4), slice(4, 12), slice(None, None, 5), slice(3, 3)):
-        assert (train_batch(data, **args, rows=rows) == full[rows]).all()
-    some = np.array([11, 0, 5])
-    assert (train_batch(data, **args, rows=some) == full[some]).all()
+        numbers = np.arange(84, 96)[rows]
+        some = train_examples(data, numbers, seed=2, block_size=10)
+        assert (some == full[rows]).all()
+    some = train_examples(data, np.array([95, 84, 89]), seed=2, block_size=10)
+    assert (some == full[[11, 0, 5]]).all()
 
 
 @pytest.mark.parametrize("tokens", [2, 9, 10, 97, 129, 130, 1000])
@@ -165,34 +172,33 @@ def test_evaluation_counts_each_target_once(
     assert (targets == whole[1:]).all()
 
 
-def test_evaluation_stops_at_max_batches(tmp_path: Path):
+@pytest.mark.parametrize("size", [1, 4, 5, 16])
+def test_evaluation_stops_at_max_examples(tmp_path: Path, size: int):
+    """The same targets, whatever the size of a batch."""
     data = dataset(tmp_path, 1000)
-    every = list(eval_batches(data, batch_size=4, block_size=8))
-    assert len(every) == 32
-    some = list(eval_batches(data, batch_size=4, block_size=8, max_batches=3))
-    assert len(some) == 3
-    assert all((a[0] == b[0]).all() for a, b in zip(some, every, strict=False))
-    assert (
-        len(list(eval_batches(data, batch_size=4, block_size=8, max_batches=99))) == 32
-    )
+    args = {"batch_size": size, "block_size": 8}
+    some = list(eval_batches(data, **args, max_examples=11))
+    assert len(some) == -(-11 // size)
+    targets = np.concatenate([ids[:, 1:][mask] for ids, mask in some])
+    assert (targets == np.arange(1, 89)).all()
+    every = list(eval_batches(data, **args))
+    assert len(every) == -(-125 // size)
+    assert len(list(eval_batches(data, **args, max_examples=999))) == len(every)
 
 
 def test_bad_inputs_are_refused(tmp_path: Path):
     data = dataset(tmp_path, 10)
     good = {"seed": 0, "step": 0, "batch_size": 2, "block_size": 9}
-    assert train_batch(data, **good)[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 256]
+    assert batch_of(data, **good)[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 256]
     with pytest.raises(ValueError, match=r"has 10 tokens, fewer than .* \+ 1 = 11"):
-        train_batch(data, **{**good, "block_size": 10})
-    for key, value in {
-        "seed": -1,
-        "step": -1,
-        "batch_size": 0,
-        "block_size": 0,
-    }.items():
+        batch_of(data, **{**good, "block_size": 10})
+    for key, value in {"seed": -1, "block_size": 0}.items():
         with pytest.raises(ValueError, match=f"out of range: .*{key}={value}"):
-            train_batch(data, **{**good, key: value})
-    for key in ("batch_size", "block_size", "max_batches"):
-        args = {"batch_size": 2, "block_size": 2, "max_batches": 2, key: 0}
+            batch_of(data, **{**good, key: value})
+    with pytest.raises(ValueError, match=r"out of range: .*number=-3"):
+        train_examples(data, np.array([0, -3]), seed=0, block_size=9)
+    for key in ("batch_size", "block_size", "max_examples"):
+        args = {"batch_size": 2, "block_size": 2, "max_examples": 2, key: 0}
         with pytest.raises(ValueError, match=f"out of range: .*{key}=0"):
             eval_batches(data, **args)
     with pytest.raises(ValueError, match="has no test split, only train"):

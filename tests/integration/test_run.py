@@ -34,7 +34,7 @@ TINY_RUN = [
     "--config.data.vocab_size=0",
     "--config.optim.warmup_steps=5",
     "--config.eval.every=8",
-    "--config.eval.batches=2",
+    "--config.eval.examples=8",
     "--config.checkpoint.every=5",
     "--config.checkpoint.keep_last=9",
 ]
