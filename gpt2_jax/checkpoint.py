@@ -60,6 +60,7 @@ class Checkpoints:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={keep_last} must be >= 1")
         self.folder = folder
+        self._given_up = False
         best = policies.BestN(
             get_metric_fn=lambda m: -m[VAL_LOSS],
             n=1,
@@ -127,8 +128,13 @@ class Checkpoints:
         """Returns when all that was saved is on disk."""
         self._manager.wait_until_finished()
 
+    def give_up(self) -> None:
+        """Makes `close` do nothing: it would wait for a process that is gone."""
+        self._given_up = True
+
     def close(self) -> None:
-        self._manager.close()
+        if not self._given_up:
+            self._manager.close()
 
 
 def as_tree(state: Any) -> dict[str, Any]:

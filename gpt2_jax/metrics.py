@@ -63,21 +63,21 @@ class Writer:
     """Metrics of a run: JSON Lines and TensorBoard events in its folder.
 
     A resumed run goes on in the same files: what was written for steps after
-    `start_step` is taken out first, so that each step stands there once.
+    `start_step` is taken out first, so that each step stands there once. A run that
+    starts at step 0 writes that step itself.
     """
 
     def __init__(self, workdir: Path, start_step: int) -> None:
         from tensorboardX import SummaryWriter
 
         path = workdir / "metrics.jsonl"
-        kept = [r for r in read_metrics(path) if r["step"] <= start_step]
+        end = start_step + 1 if start_step else 0  # of what is kept
+        kept = [r for r in read_metrics(path) if r["step"] < end]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         temporary.replace(path)
         self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1
-        )
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=end)
 
     def write(self, step: int, **values: float) -> None:
         """One record {"step": ..., name: value, ...}."""

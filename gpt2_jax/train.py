@@ -219,6 +219,10 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
         try:
             run = _Run(cfg, workdir, mesh, data_folder, tokenizer, model, checkpoints)
             return run.loop(state, optimizer, stop)
+        except BaseException as error:
+            if distributed.is_lost_peer(error):
+                checkpoints.give_up()
+            raise
         finally:
             checkpoints.close()
 
