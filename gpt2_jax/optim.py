@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -90,12 +91,26 @@ class OptimConfig:
             )
 
 
+def check_same_state(cfg: OptimConfig, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError when a state saved under `saved` is of another kind than ours.
+
+    Rates, schedules and decays may change from one call of a run to the next.
+    """
+    for name in ("name", "state_dtype", "ema_decay"):
+        ours, theirs = getattr(cfg, name), saved.get(name)
+        if ours != theirs and not (ours and theirs and name == "ema_decay"):
+            raise ValueError(
+                f"the checkpoint has optim.{name}={theirs}, the config {ours}: choose "
+                "another workdir or the same optimizer"
+            )
+
+
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate of update 0, 1, ...: linear warmup, then one of
 
     - cosine, linear: from the peak to the minimum by that curve,
     - wsd: the peak, and in the last `decay_steps` to the minimum by 1 - sqrt (source:
-      https://arxiv.org/abs/2405.18392, section 4),
+      https://arxiv.org/abs/2405.18392),
     - constant: the peak.
 
     Update 0 already has a rate of peak / warmup_steps, update `steps - 1` the least.
@@ -166,7 +181,7 @@ def _muon(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     Momentum is 0.95, by Nesterov, and the Newton-Schulz iteration has five steps, as
     in https://kellerjordan.github.io/posts/muon. Updates are scaled to the size of
     AdamW's, so that rate and decay have their usual values (source:
-    https://arxiv.org/abs/2502.16982, section 2.2).
+    https://arxiv.org/abs/2502.16982).
     """
     rate = schedule(cfg, steps)
     ratio = (cfg.muon_learning_rate or cfg.learning_rate) / cfg.learning_rate

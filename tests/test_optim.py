@@ -15,6 +15,7 @@ from gpt2_jax.optim import (
     LossStatistics,
     OptimConfig,
     averaged_params,
+    check_same_state,
     decay_mask,
     guard_counts,
     make_optimizer,
@@ -431,6 +432,29 @@ def test_eight_devices_equal_one_and_keep_their_shards():
 def test_bad_values_are_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CFG, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "muon"}, "checkpoint has optim.name=adamw, the config muon: choose"),
+        ({"state_dtype": "bfloat16"}, "has optim.state_dtype=float32, the config bfl"),
+        ({"ema_decay": 0.0}, "checkpoint has optim.ema_decay=0.75, the config 0.0"),
+        ({"ema_decay": 0.9, "learning_rate": 2e-3, "max_loss_z": 5.0}, None),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(values, message):
+    cfg = dataclasses.replace(EMA, **values)
+    saved = dataclasses.asdict(EMA)
+    if message is None:
+        check_same_state(cfg, saved)
+        initial, later = (
+            jax.eval_shape(make_optimizer(c, 100).init, drawn(0)) for c in (EMA, cfg)
+        )
+        assert initial == later
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_same_state(cfg, saved)
 
 
 def test_a_schedule_longer_than_the_run_is_refused():
