@@ -43,14 +43,22 @@ def get_config() -> ConfigDict:
     d.splits = (0.9, 0.05, 0.05)  # of the text: train, validation, test
 
     o = c.optim = ConfigDict()
+    o.name = "adamw"  # or muon: Muon for kernels, AdamW for the rest
     o.learning_rate = 1e-3  # peak
-    o.min_learning_rate = 1e-4  # at the last step
+    o.muon_learning_rate = 0.0  # peak of the kernels under Muon; 0: learning_rate
+    o.schedule = "cosine"  # after the warmup: cosine, wsd, linear or constant
+    o.min_learning_rate = 1e-4  # at the last step, unless the schedule is constant
     o.warmup_steps = 100
+    o.decay_steps = 0  # wsd holds the peak until these last steps
     o.b1 = 0.9
     o.b2 = 0.95
     o.eps = 1e-8
     o.weight_decay = 0.1  # on tensors with ndim >= 2
     o.clip_norm = 1.0  # of the global gradient
+    o.state_dtype = "float32"  # of the first moment: float32 or bfloat16
+    o.ema_decay = 0.0  # of an exponential average of the parameters; 0: none
+    o.max_skipped = 10  # updates in a row that may be skipped: loss or gradient bad
+    o.max_loss_z = 0.0  # skip losses so many deviations above their mean; 0: none
 
     s = c.mesh = ConfigDict()  # devices along each axis; one of them -1: the rest
     s.data = -1

@@ -1,12 +1,33 @@
-"""AdamW as GPT-2's reproductions use it: clip, decay on matrices, warmup + cosine."""
+"""AdamW, Muon, schedules, averaged parameters; bad updates are skipped."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from gpt2_jax.model import Params
+from gpt2_jax.model import DTYPES, Params
+
+CHOICES = {
+    "name": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd", "linear", "constant"),
+    "state_dtype": tuple(DTYPES),
+}
+
+# The axes of a kernel that are its inputs and its outputs, by its ndim: [D, F],
+# [H, K, D] and [D, 3, H, K]. The axis left out is that of q, k and v, three matrices.
+KERNEL_AXES = {
+    2: MuonDimensionNumbers((0,), (1,)),
+    3: MuonDimensionNumbers((0, 1), (2,)),
+    4: MuonDimensionNumbers((0,), (2, 3)),
+}
+MUON_RMS = 0.2  # of the elements of Muon's update at a rate of 1, about as AdamW's
+
+LOSS_WINDOW = 100  # losses that their running mean and variance go back over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,49 +38,110 @@ class OptimConfig:
       ValueError: on an impossible value, naming it.
     """
 
+    name: str  # adamw or muon
     learning_rate: float  # peak
-    min_learning_rate: float  # at the last step
+    muon_learning_rate: float  # peak of the kernels under Muon; 0: learning_rate
+    schedule: str  # cosine, wsd, linear or constant
+    min_learning_rate: float  # at the last step, unless constant
     warmup_steps: int
+    decay_steps: int  # the last ones, in which wsd decays
     b1: float
     b2: float
     eps: float
     weight_decay: float
     clip_norm: float  # of the global gradient
+    state_dtype: str  # of the first moment
+    ema_decay: float  # of the averaged parameters; 0: none
+    max_skipped: int  # updates in a row
+    max_loss_z: float  # standard deviations over the mean; 0: no limit
 
     def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"optim.{name}={value!r} is not one of {', '.join(choices)}"
+                )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
+            if field.name not in CHOICES and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim.{field.name}={value} must be finite and >= 0")
+        for name in ("learning_rate", "eps", "clip_norm"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"optim.{name}=0 must be > 0")
+        for name in ("b1", "b2", "ema_decay"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be < 1")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"optim.min_learning_rate={self.min_learning_rate} exceeds "
                 f"optim.learning_rate={self.learning_rate}"
             )
-        for name in ("b1", "b2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be < 1")
-        for name in ("eps", "clip_norm"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"optim.{name}=0 must be > 0")
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            raise ValueError("optim.decay_steps=0 must be >= 1 with optim.schedule=wsd")
+        if self.schedule != "wsd" and self.decay_steps:
+            raise ValueError(
+                f"optim.decay_steps={self.decay_steps} must be 0 with "
+                f"optim.schedule={self.schedule}"
+            )
+        if self.name != "muon" and self.muon_learning_rate:
+            raise ValueError(
+                f"optim.muon_learning_rate={self.muon_learning_rate} must be 0 with "
+                f"optim.name={self.name}"
+            )
+
+
+def check_same_state(cfg: OptimConfig, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError when a state saved under `saved` is of another kind than ours.
+
+    Rates, schedules and decays may change from one call of a run to the next.
+    """
+    for name in ("name", "state_dtype", "ema_decay"):
+        ours, theirs = getattr(cfg, name), saved.get(name)
+        if ours != theirs and not (ours and theirs and name == "ema_decay"):
+            raise ValueError(
+                f"the checkpoint has optim.{name}={theirs}, the config {ours}: choose "
+                "another workdir or the same optimizer"
+            )
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update 0, 1, ...: linear warmup, then a cosine to the minimum.
+    """Learning rate of update 0, 1, ...: linear warmup, then one of
+
+    - cosine, linear: from the peak to the minimum by that curve,
+    - wsd: the peak, and in the last `decay_steps` to the minimum by 1 - sqrt (source:
+      https://arxiv.org/abs/2405.18392),
+    - constant: the peak.
 
     Update 0 already has a rate of peak / warmup_steps, update `steps - 1` the least.
+    It is a function of the updates done: one that was skipped does not count.
+
+    Raises:
+      ValueError: when warmup and decay take longer than the run.
     """
     if cfg.warmup_steps >= steps:
         raise ValueError(
             f"optim.warmup_steps={cfg.warmup_steps} must be less than steps={steps}"
         )
-    curve = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=cfg.learning_rate,
-        warmup_steps=cfg.warmup_steps,
-        decay_steps=steps,
-        end_value=cfg.min_learning_rate,
-    )
+    if cfg.warmup_steps + cfg.decay_steps > steps:
+        raise ValueError(
+            f"optim.warmup_steps={cfg.warmup_steps} + "
+            f"optim.decay_steps={cfg.decay_steps} exceed steps={steps}"
+        )
+    peak, least = cfg.learning_rate, cfg.min_learning_rate
+    decay_steps = cfg.decay_steps or steps - cfg.warmup_steps
+    hold = optax.constant_schedule(peak)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=least / peak),
+        "linear": optax.linear_schedule(peak, least, decay_steps),
+        "wsd": lambda done: (
+            peak + (least - peak) * jnp.sqrt(jnp.clip(done / decay_steps, 0, 1))
+        ),
+        "constant": hold,
+    }[cfg.schedule]
+    warmup = optax.linear_schedule(0.0, peak, cfg.warmup_steps)
+    boundaries = [cfg.warmup_steps, steps - decay_steps]
+    curve = optax.join_schedules([warmup, hold, decay], boundaries)
     return lambda step: curve(step + 1)
 
 
@@ -68,16 +150,189 @@ def decay_mask(params: Params) -> Params:
     return jax.tree.map(lambda x: x.ndim >= 2, params)
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; the state mirrors the params tree."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(
-            schedule(cfg, steps),
-            b1=cfg.b1,
-            b2=cfg.b2,
-            eps=cfg.eps,
-            weight_decay=cfg.weight_decay,
-            mask=decay_mask,
+def make_optimizer(
+    cfg: OptimConfig, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, AdamW or Muon, then average; bad updates are skipped.
+
+    The state mirrors the params tree. `update` takes the loss too: `clip_and_guard`.
+    """
+    parts = [(_muon if cfg.name == "muon" else _adamw)(cfg, steps)]
+    if cfg.ema_decay:
+        parts.append(average_params(cfg.ema_decay))
+    return clip_and_guard(optax.chain(*parts), cfg.clip_norm, cfg.max_loss_z)
+
+
+def _adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule(cfg, steps),
+        b1=cfg.b1,
+        b2=cfg.b2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        mask=decay_mask,
+        mu_dtype=DTYPES[cfg.state_dtype],
+    )
+
+
+def _muon(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Muon for kernels, q, k and v each apart; AdamW for embeddings, norms and biases.
+
+    Momentum is 0.95, by Nesterov, and the Newton-Schulz iteration has five steps, as
+    in https://kellerjordan.github.io/posts/muon. Updates are scaled to the size of
+    AdamW's, so that rate and decay have their usual values (source:
+    https://arxiv.org/abs/2502.16982).
+    """
+    rate = schedule(cfg, steps)
+    ratio = (cfg.muon_learning_rate or cfg.learning_rate) / cfg.learning_rate
+    kernels = optax.chain(
+        scale_by_muon(
+            mu_dtype=DTYPES[cfg.state_dtype],
+            weight_dimension_numbers=lambda kernels: jax.tree.map(
+                lambda x: KERNEL_AXES[x.ndim], kernels
+            ),
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(_to_adamws_size, updates)),
+        optax.add_decayed_weights(cfg.weight_decay),
+        optax.scale_by_learning_rate(lambda step: ratio * rate(step)),
+    )
+    return optax.partition(
+        {"kernels": kernels, "rest": _adamw(cfg, steps)},
+        lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: "kernels" if path[-1].key == "kernel" else "rest", params
         ),
     )
+
+
+def _to_adamws_size(update: jax.Array) -> jax.Array:
+    """Of an orthogonal [m, n], whose elements have an RMS of 1 / sqrt(max(m, n))."""
+    m, n = (
+        math.prod(update.shape[axis] for axis in axes)
+        for axes in KERNEL_AXES[update.ndim]
+    )
+    return MUON_RMS * math.sqrt(max(m, n)) * update
+
+
+class AverageState(NamedTuple):
+    ema: Params  # float32
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps ema = decay * ema + (1 - decay) * params, of the params after the update.
+
+    It starts at the initial params, and has to be the last transformation.
+    """
+
+    def init(params: Params) -> AverageState:
+        return AverageState(jax.tree.map(lambda x: jnp.array(x, jnp.float32), params))
+
+    def update(
+        updates: Params, state: AverageState, params: Params
+    ) -> tuple[Params, AverageState]:
+        new_params = optax.apply_updates(params, updates)
+        ema = optax.incremental_update(new_params, state.ema, 1 - decay)
+        return updates, AverageState(ema)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged_params(opt_state: Any) -> Params | None:
+    """The averaged params in the state of an optimizer; None where it keeps none."""
+    return optax.tree.get(opt_state, "ema")
+
+
+class LossStatistics(NamedTuple):
+    """Of the losses whose updates weren't skipped."""
+
+    seen: jax.Array  # int32, how many
+    mean: jax.Array  # exponentially weighted over about LOSS_WINDOW losses
+    variance: jax.Array
+
+    def add(self, loss: jax.Array) -> "LossStatistics":
+        """Each loss weighs the same until there are LOSS_WINDOW of them."""
+        seen = self.seen + 1
+        weight = 1 / jnp.minimum(seen, LOSS_WINDOW)
+        delta = loss - self.mean
+        variance = (1 - weight) * (self.variance + weight * delta**2)
+        return LossStatistics(seen, self.mean + weight * delta, variance)
+
+    def is_spike(self, loss: jax.Array, max_z: float) -> jax.Array:
+        """Whether it lies more than `max_z` deviations above a mean that is known."""
+        limit = self.mean + max_z * jnp.sqrt(self.variance)
+        return (self.seen >= LOSS_WINDOW) & (loss > limit)
+
+
+class GuardState(NamedTuple):
+    inner: Any
+    skipped: jax.Array  # int32, updates in all
+    skipped_in_row: jax.Array  # int32, the latest ones
+    losses: LossStatistics
+
+
+def clip_and_guard(
+    inner: optax.GradientTransformation, clip_norm: float, max_loss_z: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """Clips by global norm, and skips updates that would spoil the run.
+
+    That is when the loss or the norm is not finite, and, if `max_loss_z` > 0, when the
+    loss lies more than so many standard deviations above its running mean. Params and
+    inner state (moments, averages, the schedule's count) are then bit for bit as if
+    the batch had never been.
+
+    `update` takes the loss as `loss=`; without it, only the gradient is judged. It is
+    a conditional rather than a selection between new and old values, for which XLA
+    on CPU copies the moments: they are donated, and written where they lie.
+
+    Raises:
+      ValueError: in `update`, when `max_loss_z` > 0 and there is no loss.
+    """
+    inner = optax.with_extra_args_support(inner)
+    clip = optax.clip_by_global_norm(clip_norm)
+
+    def init(params: Params) -> GuardState:
+        seen, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        mean, variance = (jnp.zeros((), jnp.float32) for _ in range(2))
+        losses = LossStatistics(seen, mean, variance)
+        return GuardState(inner.init(params), skipped, in_row, losses)
+
+    def update(
+        grads: Params,
+        state: GuardState,
+        params: Params,
+        *,
+        loss: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Params, GuardState]:
+        if loss is None and max_loss_z:
+            raise ValueError(f"optim.max_loss_z={max_loss_z} needs the loss")
+        good = jnp.isfinite(optax.tree.norm(grads))
+        losses = state.losses
+        if loss is not None:
+            good &= jnp.isfinite(loss)
+            if max_loss_z:
+                good &= ~losses.is_spike(loss, max_loss_z)
+            losses = losses.add(loss)
+        grads, _ = clip.update(grads, clip.init(params))
+
+        def do() -> tuple[Params, Any, LossStatistics]:
+            return *inner.update(grads, state.inner, params, **extra_args), losses
+
+        def skip() -> tuple[Params, Any, LossStatistics]:
+            # Adding -0.0 changes no number; adding 0.0 changes -0.0.
+            nothing = jax.tree.map(lambda x: jnp.full_like(x, -0.0), params)
+            return nothing, state.inner, state.losses
+
+        updates, new_inner, losses = jax.lax.cond(good, do, skip)
+        skipped = state.skipped + ~good
+        in_row = jnp.where(good, 0, state.skipped_in_row + 1)
+        return updates, GuardState(new_inner, skipped, in_row, losses)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def guard_counts(opt_state: GuardState) -> dict[str, jax.Array]:
+    """How many updates were skipped: `skipped` in all, `skipped_in_row` up to now."""
+    return {
+        "skipped": opt_state.skipped,
+        "skipped_in_row": opt_state.skipped_in_row,
+    }

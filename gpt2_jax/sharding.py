@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, P], ...] = (
     ("wte/scale", P("tensor")),
     ("(c_attn|c_proj|c_fc)/(bias|scale)", P()),
     ("(ln_1|ln_2|ln_f)/(scale|bias)", P()),
+    ("ns_coeffs", P()),  # three constants in the state of optax's Muon
 )
 
 BATCH = ("data", "fsdp")  # the axes over which the examples of a batch are spread

@@ -171,6 +171,10 @@ class TrainConfig:
         )
 
 
+class DivergedError(ValueError):
+    """Too many updates in a row were skipped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """How a call of `train` ended."""
@@ -189,6 +193,7 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
 
     Raises:
       ValueError, OSError: on bad input, with nothing of the run lost.
+      DivergedError: when `optim.max_skipped` is exceeded.
     """
     workdir = Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
@@ -294,6 +299,7 @@ def _check_contract(
             f"checkpoint {folder} has another tokenizer than the data: choose another "
             "workdir or the same data"
         )
+    optim.check_same_state(cfg.optim, contract.run["optim"])
     if contract.step > cfg.steps:
         raise ValueError(f"checkpoint {folder} is past steps={cfg.steps}")
 
@@ -425,6 +431,7 @@ class _Run:
             tokens = len(self.cfg.batch(step - 1)) * self.cfg.block_size
             self._recent.append((tokens, now - self._clock))
         self._clock = now
+        self._check_skipped(step, values)
         self._bar.update(step - self._bar.n)
         shown = {"loss": values["loss"], "val": self.val_loss}
         self._bar.set_postfix(
@@ -432,7 +439,8 @@ class _Run:
         )
         if step % self.cfg.log_every and step != self.cfg.steps:
             return
-        values["learning_rate"] = float(self._schedule(step - 1))
+        updates = step - int(values["skipped"])
+        values["learning_rate"] = float(self._schedule(max(updates - 1, 0)))
         if self._recent:
             tokens, seconds = np.sum(self._recent, axis=0).tolist()
             rate = tokens / seconds
@@ -450,9 +458,24 @@ class _Run:
             )
             self._say(f"step {step}/{self.cfg.steps}: loss {values['loss']:.4f}{speed}")
 
+    def _check_skipped(self, step: int, values: dict[str, float]) -> None:
+        in_row, most = int(values["skipped_in_row"]), self.cfg.optim.max_skipped
+        if not in_row:
+            return
+        what = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
+        self._say(f"step {step}: the update was skipped ({what}), {in_row} in a row")
+        if in_row > most:
+            self.checkpoints.wait()
+            saved = self.checkpoints.latest_step()
+            raise DivergedError(
+                f"step {step}: {in_row} updates in a row were skipped ({what}), more "
+                f"than optim.max_skipped={most}; the last checkpoint is of step {saved}"
+            )
+
     def _evaluate(self, state: TrainState, step: int) -> float | None:
         """Validation loss over the same batches each time, and a sample if asked."""
         cfg = self.cfg
+        params = optim.averaged_params(state.opt_state) or state.params
         if self.validation is not None:
             cut = cfg.microbatches(cfg.batch_size, self.mesh)
             batch_size = cfg.batch_size // cut
@@ -462,9 +485,7 @@ class _Run:
                 block_size=cfg.block_size,
                 max_examples=cfg.eval.examples or None,
             )
-            result = evaluate(
-                state.params, batches, step=self.eval_step, mesh=self.mesh
-            )
+            result = evaluate(params, batches, step=self.eval_step, mesh=self.mesh)
             self.val_loss = result.loss
             self._write(step, val_loss=result.loss)
             self._say(
@@ -472,7 +493,7 @@ class _Run:
                 f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens)"
             )
         if cfg.eval.sample_tokens:
-            self._sample(state.params, step)
+            self._sample(params, step)
         return self.val_loss
 
     def _sample(self, params: Params, step: int) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from gpt2_jax import sharding
 from gpt2_jax.losses import cross_entropy
 from gpt2_jax.model import GPT2, Params, init
+from gpt2_jax.optim import guard_counts
 
 
 @flax.struct.dataclass
@@ -90,19 +91,27 @@ def train_step(
     mask_ABT: jax.Array | None = None,
     *,
     model: GPT2,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update; metrics `loss` (before it) and `grad_norm` (before clipping)."""
+    """One update, or none where loss or gradient are bad (see `optim.clip_and_guard`).
+
+    Returns:
+      The state, and the metrics `loss` (before the update), `grad_norm` (before
+      clipping), `skipped` and `skipped_in_row` (updates).
+    """
     cfg = model.cfg
     has_dropout = max(cfg.embd_pdrop, cfg.attn_pdrop, cfg.resid_pdrop) > 0
     key = jax.random.fold_in(jax.random.key(seed), state.step) if has_dropout else None
     loss, grads = gradients(
         state.params, tokens_ABT, mask_ABT, model=model, dropout_key=key
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params, loss=loss
+    )
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics |= guard_counts(opt_state)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -27,14 +27,22 @@ CFG = GPT2Config(
     resid_pdrop=0.0,
 )
 OPTIM = OptimConfig(
+    name="adamw",
     learning_rate=1e-2,
+    muon_learning_rate=0.0,
+    schedule="cosine",
     min_learning_rate=1e-3,
     warmup_steps=3,
+    decay_steps=0,
     b1=0.9,
     b2=0.95,
     eps=1e-8,
     weight_decay=0.1,
     clip_norm=1.0,
+    state_dtype="float32",
+    ema_decay=0.0,
+    max_skipped=0,
+    max_loss_z=0.0,
 )
 
 

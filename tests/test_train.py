@@ -1,5 +1,6 @@
 import dataclasses
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from configs import default
 from gpt2_jax.data.loader import TokenDataset, train_examples
 from gpt2_jax.data.prepare import prepare
-from gpt2_jax.sharding import make_mesh
+from gpt2_jax.model import abstract_params
+from gpt2_jax.sharding import make_mesh, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer
 from gpt2_jax.train import (
     StopSignals,
@@ -19,6 +21,13 @@ from gpt2_jax.train import (
     make_writable,
     plain,
 )
+
+CONFIGS = sorted(path.stem for path in Path(default.__file__).parent.glob("*.py"))
+
+
+def named(name: str) -> TrainConfig:
+    module = __import__(f"configs.{name}", fromlist=["get_config"])
+    return TrainConfig.from_dict(module.get_config().to_dict())
 
 
 def config(**values) -> TrainConfig:
@@ -37,11 +46,32 @@ def test_default_py_declares_just_the_keys_that_there_are():
         assert set(declared[name]) == {f.name for f in dataclasses.fields(section)}
 
 
-@pytest.mark.parametrize("name", ["quickstart", "shakespeare_char", "gpt2_124m"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_is_a_valid_run(name):
-    module = __import__(f"configs.{name}", fromlist=["get_config"])
-    cfg = TrainConfig.from_dict(module.get_config().to_dict())
+    cfg = named(name)
     assert make_model(cfg, ByteTokenizer()).cfg.n_layer == cfg.model["n_layer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "examples"),
+    [
+        ("gpt2_124m", 124, 8),
+        ("gpt2_124m_muon", 124, 8),
+        ("gpt2_355m", 355, 8),
+        ("gpt2_774m", 774, 4),
+        ("gpt2_1558m", 1558, 2),
+    ],
+)
+def test_recipes_are_of_their_size_and_fit_eight_devices(name, millions, examples):
+    cfg = named(name)
+    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    cut = cfg.microbatches(cfg.batch_size, mesh)
+    assert cfg.batch_size // cut == 8 * examples
+    params = abstract_params(make_model(cfg, ByteTokenizer()).cfg)
+    n_params = sum(x.size for x in jax.tree.leaves(params))
+    assert n_params == pytest.approx(millions * 1e6, rel=0.005)
+    shards = tree_shardings(params, mesh)["h_0"]["mlp"]["c_fc"]["kernel"]
+    assert shards.is_fully_replicated == (millions < 700)
 
 
 @pytest.mark.parametrize(
