@@ -165,7 +165,7 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
         splits=cfg.data.splits,
     )
     tokenizer = load_tokenizer(data_folder / "tokenizer")
-    model = make_model(cfg, tokenizer)
+    model = make_model(cfg, tokenizer, mesh)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints", keep_last=cfg.checkpoint.keep_last
@@ -181,7 +181,9 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
             checkpoints.close()
 
 
-def make_model(cfg: TrainConfig, tokenizer: Tokenizer) -> GPT2:
+def make_model(
+    cfg: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None = None
+) -> GPT2:
     """The model of a run; layers are scanned on accelerators only.
 
     Raises:
@@ -198,6 +200,7 @@ def make_model(cfg: TrainConfig, tokenizer: Tokenizer) -> GPT2:
         config,
         dtype=dtype_named(cfg.dtype),
         scan_layers=jax.default_backend() != "cpu",
+        mesh=mesh,
     )
 
 
