@@ -3,10 +3,11 @@
 python benchmarks/kill_harness.py
 python benchmarks/kill_harness.py --trials=10 --processes=2 --seed=1
 
-A trial starts the training program, sends SIGKILL at a random moment, and starts the same command again until it is done. Then every loss that was recorded, of
-training and validation, and every bit of the last checkpoint must be those of the
-whole run; the exit status is 1 where one is not. With two processes, one of them, the
-other or both are killed. "saving" counts the kills that hit an unfinished save.
+A trial starts the training program, sends SIGKILL at a random moment, and starts the
+same command again until it is done. Then every loss that was recorded, of training and
+validation, and every bit of the last checkpoint must be those of the whole run; the
+exit status is 1 where one is not. With two processes, one of them, the other or both
+are killed. "saving" counts the kills that hit an unfinished save.
 """
 
 import json

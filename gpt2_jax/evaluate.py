@@ -30,9 +30,15 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def make_eval_step(model: GPT2) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """`eval_step`, jitted: (params, tokens, mask) -> (summed loss, count)."""
-    return jax.jit(partial(eval_step, model=model))
+def make_eval_step(
+    model: GPT2, n_valid: int | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`eval_step`, jitted: (params, tokens, mask) -> (summed loss, count).
+
+    Args:
+      n_valid: the size of the vocabulary without its padding.
+    """
+    return jax.jit(partial(eval_step, model=model, n_valid=n_valid))
 
 
 def evaluate(
@@ -123,7 +129,7 @@ def evaluate_run(
     result = evaluate(
         params,
         eval_batches(dataset, batch_size=batch_size, block_size=block_size),
-        step=make_eval_step(model),
+        step=make_eval_step(model, contract.tokenizer.vocab_size),
         mesh=mesh,
     )
     how = f"step {contract.step}, windows of {block_size} tokens without overlap"

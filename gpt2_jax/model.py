@@ -32,6 +32,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
 
 from gpt2_jax.attention import cached_attention, causal_attention
 from gpt2_jax.cache import KVCache
@@ -326,12 +327,16 @@ class GPT2(nn.Module):
       scan_layers: run the layers under one `lax.scan` when there is no cache: the
         compile time no longer grows with depth, a step on CPU is 1.3x slower
         (benchmarks/). The parameters are the same either way.
+      mesh: over which batches are spread in training; None: one device, or left to
+        XLA. It tells what XLA does not find by itself; shardings are those of the
+        arguments (`gpt2_jax.sharding`).
     """
 
     cfg: GPT2Config
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         cfg = self.cfg

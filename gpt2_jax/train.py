@@ -213,7 +213,7 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
         )
     )
     tokenizer = load_tokenizer(data_folder / "tokenizer")
-    model = make_model(cfg, tokenizer)
+    model = make_model(cfg, tokenizer, mesh)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
     folder = workdir / "checkpoints"
     with StopSignals() as stop:
@@ -232,7 +232,9 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
             checkpoints.close()
 
 
-def make_model(cfg: TrainConfig, tokenizer: Tokenizer) -> GPT2:
+def make_model(
+    cfg: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None = None
+) -> GPT2:
     """The model of a run; layers are scanned on accelerators only.
 
     Raises:
@@ -249,6 +251,7 @@ def make_model(cfg: TrainConfig, tokenizer: Tokenizer) -> GPT2:
         config,
         dtype=dtype_named(cfg.dtype),
         scan_layers=jax.default_backend() != "cpu",
+        mesh=mesh,
     )
 
 
@@ -335,7 +338,8 @@ class _Run:
             if "validation" in self.dataset.index.splits
             else None
         )
-        self.eval_step = make_eval_step(model)
+        self.n_valid = tokenizer.vocab_size
+        self.eval_step = make_eval_step(model, self.n_valid)
         self.writes = distributed.is_first()
         self.val_loss: float | None = None
         self._clock: float | None = None  # when the last step was seen to end
@@ -345,7 +349,13 @@ class _Run:
         start = int(state.step)
         self._open(state, start)
         step_fn = jax.jit(
-            partial(train_step, model=self.model, optimizer=optimizer, seed=cfg.seed),
+            partial(
+                train_step,
+                model=self.model,
+                optimizer=optimizer,
+                seed=cfg.seed,
+                n_valid=self.n_valid,
+            ),
             donate_argnums=0,
             out_shardings=(
                 jax.tree.map(lambda x: x.sharding, state),

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
-from gpt2_jax.losses import cross_entropy
+from gpt2_jax.losses import summed_cross_entropy
 from gpt2_jax.model import GPT2, Params, init
 from gpt2_jax.optim import guard_counts
 
@@ -28,6 +28,7 @@ def summed_loss(
     mask_BT: jax.Array | None,
     *,
     model: GPT2,
+    n_valid: int | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over the targets that count of their cross-entropy in nats.
@@ -35,16 +36,25 @@ def summed_loss(
     Args:
       tokens_BT: [B, T + 1], inputs and targets overlapping.
       mask_BT: bool [B, T], which targets count; None: all.
+      n_valid: ids from here on pad the vocabulary; None: none does.
       dropout_key: None for no dropout.
     """
-    logits_BTV, _ = model.apply(
+    hidden_BTD, _ = model.apply(
         {"params": params},
         tokens_BT[:, :-1],
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="hidden",
     )
-    nll_BT = cross_entropy(logits_BTV, tokens_BT[:, 1:])
-    return nll_BT.sum() if mask_BT is None else jnp.where(mask_BT, nll_BT, 0).sum()
+    return summed_cross_entropy(
+        hidden_BTD,
+        params["wte"]["embedding"],
+        tokens_BT[:, 1:],
+        mask_BT,
+        scale_V=params["wte"].get("scale"),
+        n_valid=n_valid,
+        mesh=model.mesh,
+    )
 
 
 def gradients(
@@ -53,6 +63,7 @@ def gradients(
     mask_ABT: jax.Array | None,
     *,
     model: GPT2,
+    n_valid: int | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Params]:
     """Mean loss over all targets of A microbatches, and its gradient.
@@ -69,11 +80,8 @@ def gradients(
 
     def micro(tokens_BT, mask_BT, i):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-        return jax.value_and_grad(
-            lambda p: (
-                scale * summed_loss(p, tokens_BT, mask_BT, model=model, dropout_key=key)
-            )
-        )(params)
+        loss = partial(summed_loss, model=model, n_valid=n_valid, dropout_key=key)
+        return jax.value_and_grad(lambda p: scale * loss(p, tokens_BT, mask_BT))(params)
 
     if A == 1:
         return micro(tokens_ABT[0], None if mask_ABT is None else mask_ABT[0], 0)
@@ -93,6 +101,7 @@ def train_step(
     model: GPT2,
     optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
+    n_valid: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update, or none where loss or gradient are bad (see `optim.clip_and_guard`).
 
@@ -104,7 +113,12 @@ def train_step(
     has_dropout = max(cfg.embd_pdrop, cfg.attn_pdrop, cfg.resid_pdrop) > 0
     key = jax.random.fold_in(jax.random.key(seed), state.step) if has_dropout else None
     loss, grads = gradients(
-        state.params, tokens_ABT, mask_ABT, model=model, dropout_key=key
+        state.params,
+        tokens_ABT,
+        mask_ABT,
+        model=model,
+        n_valid=n_valid,
+        dropout_key=key,
     )
     updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params, loss=loss
@@ -116,10 +130,16 @@ def train_step(
 
 
 def eval_step(
-    params: Params, tokens_BT: jax.Array, mask_BT: jax.Array, *, model: GPT2
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    model: GPT2,
+    n_valid: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss over the targets in the mask, and their number."""
-    return summed_loss(params, tokens_BT, mask_BT, model=model), mask_BT.sum()
+    loss = summed_loss(params, tokens_BT, mask_BT, model=model, n_valid=n_valid)
+    return loss, mask_BT.sum()
 
 
 def abstract_state(

@@ -3,9 +3,9 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from gpt2_jax.evaluate import check_batch, evaluate, make_eval_step
-from gpt2_jax.losses import cross_entropy
 from gpt2_jax.sharding import make_mesh, replicated
 from shapes import TINY
 

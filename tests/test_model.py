@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.losses import cross_entropy
 from gpt2_jax.model import (
     GPT2,
     abstract_params,

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from gpt2_jax import sharding
-from gpt2_jax.losses import cross_entropy
 from gpt2_jax.model import GPT2
 from gpt2_jax.optim import make_optimizer
 from gpt2_jax.sharding import make_mesh
@@ -26,16 +26,16 @@ RNG = np.random.default_rng(0)
 
 
 @lru_cache
-def compiled(cfg):
+def compiled(cfg, mesh=None):
     """A fresh state on one device, and the jitted step."""
-    model, optimizer = GPT2(cfg), make_optimizer(CFG, 100)
+    model, optimizer = GPT2(cfg, mesh=mesh), make_optimizer(CFG, 100)
     state = init_state(model, optimizer, make_mesh(devices=jax.devices()[:1]), 0)
     step = partial(train_step, model=model, optimizer=optimizer, seed=0)
     return state, jax.jit(step)
 
 
 def losses(mesh, cfg, batches):
-    state, step = compiled(cfg)
+    state, step = compiled(cfg, mesh)
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
     spread = sharding.batch_sharding(mesh, ndim=3, axis=1)
     out = []
@@ -124,6 +124,32 @@ def test_eval_step_sums_over_the_mask(tiny):
     expected = np.asarray(cross_entropy(logits, tokens[:, 1:]))[mask].sum()
     assert int(count) == mask.sum()
     assert float(total) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_padding_of_the_vocabulary_is_never_in_the_loss(tiny):
+    model, params = tiny
+    padded = GPT2(dataclasses.replace(TINY, vocab_size=64))
+    rows = jnp.full((3, TINY.n_embd), 2.0)  # large enough to be seen
+    embedding = jnp.concatenate([params["wte"]["embedding"], rows])
+    padded_params = {**params, "wte": {"embedding": embedding}}
+    tokens = RNG.integers(0, TINY.vocab_size, (2, 3, 9))
+    mask = RNG.random((2, 3, 8)) < 0.5
+    loss, expected = gradients(params, tokens, mask, model=model)
+    n_valid = TINY.vocab_size
+    got, grads = gradients(padded_params, tokens, mask, model=padded, n_valid=n_valid)
+    assert float(got) == pytest.approx(float(loss), rel=1e-6)
+    assert not grads["wte"]["embedding"][n_valid:].any()  # exactly zero
+    grads["wte"]["embedding"] = grads["wte"]["embedding"][:n_valid]
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=0, atol=1e-6), grads, expected
+    )
+    total, _ = eval_step(
+        padded_params, tokens[0], mask[0], model=padded, n_valid=n_valid
+    )
+    expected, _ = eval_step(params, tokens[0], mask[0], model=model)
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+    with_padding, _ = eval_step(padded_params, tokens[0], mask[0], model=padded)
+    assert abs(float(with_padding - expected)) > 0.1
 
 
 def test_bfloat16_computes_near_float32(tiny):
