@@ -703,9 +703,10 @@ def test_watch_outlives_preemption_and_restarts(cloud):
 
 
 def test_watch_ends_with_bad_input_and_stops_the_others(cloud):
-    cloud.plan("[[ $AT != x/1 ]] || exit 2")
+    cloud.plan('echo "error: said by $AT"; [[ $AT != x/1 ]] || exit 2')
     process = cloud.watch(status=2)
-    assert re.search(r": ended 2; its end is in: scripts/tpu/pod log x", process.stderr)
+    assert said(process)[-1].endswith(": ended 2")
+    assert re.findall(r"^\S+: error: said by (.*)", process.stderr, re.M) == ["x/1"]
     assert cloud.states() == ["stopped", "ended 2"]
 
 
