@@ -1,4 +1,4 @@
-# Sourced by quickstart and test.
+# Sourced by quickstart, test and tpu/worker.
 # shellcheck shell=bash
 
 # setup_venv ROOT [EXTRA]: makes ROOT/.venv and installs the package of ROOT there,
