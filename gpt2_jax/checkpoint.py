@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import distributed
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import Params
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
 
 T = TypeVar("T")
@@ -290,12 +291,7 @@ def restore(step_folder: Path, abstract: Any) -> Any:
         checksum isn't the one that was saved.
       ValueError: when a shape on disk isn't the one asked for.
     """
-    restore_args = jax.tree.map(
-        lambda x: ocp.ArrayRestoreArgs(
-            sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
-        ),
-        abstract,
-    )
+    restore_args = jax.tree.map(_restore_args, abstract)
     tree, error = None, None
     try:
         tree = _restore(
@@ -309,11 +305,57 @@ def restore(step_folder: Path, abstract: Any) -> Any:
         error = e
     if not distributed.all_agree(error is None):
         raise error or _damaged(step_folder, _ELSEWHERE)
+    _check_sums(step_folder, tree)
+    return tree
+
+
+def restore_params(step_folder: Path, contract: Contract, abstract: Params) -> Params:
+    """The parameters to generate with: the averaged ones where the run kept some.
+
+    Raises as `restore`.
+    """
+    if not contract.run.get("optim", {}).get("ema_decay"):
+        return restore(step_folder, {"params": abstract})["params"]
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(
+            (step_folder / "state").absolute()
+        )
+    except Exception as e:  # as of `_restore`
+        raise _damaged(step_folder, f"state: {e}") from e
+    wanted = {_name(path): x for path, x in _leaves(abstract)}
+
+    def of_average(path: Any, _: Any) -> Any:
+        _, is_average, name = _name(path).rpartition("/ema/")
+        return wanted[name] if is_average else ocp.PLACEHOLDER
+
+    item = jax.tree_util.tree_map_with_path(of_average, dict(saved.tree))
+    restore_args = jax.tree.map(_restore_args, item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+    found = {
+        _name(path): x
+        for path, x in _leaves(_restore(step_folder, "state", args))
+        if x is not ocp.PLACEHOLDER
+    }
+    _check_sums(step_folder, found)
+    by_name = {name.rpartition("/ema/")[2]: x for name, x in found.items()}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: by_name[_name(path)], abstract
+    )
+
+
+def _restore_args(x: Any) -> ocp.RestoreArgs:
+    if x is ocp.PLACEHOLDER:
+        return ocp.RestoreArgs()
+    return ocp.ArrayRestoreArgs(
+        sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
+    )
+
+
+def _check_sums(step_folder: Path, tree: Any) -> None:
     said = _restore(step_folder, "meta", ocp.args.JsonRestore())["checksums"]
     for name, value in checksums(tree).items():
         if said.get(name) != value:
             raise _damaged(step_folder, f"array {name} fails its checksum")
-    return tree
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -323,12 +365,16 @@ def checksums(tree: Any) -> dict[str, int]:
     with its index: any flipped bit changes it, and so does a swap or a shift.
     Integer sums don't depend on their order, so neither does it on the topology.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(x)
-        for path, x in leaves
-    }
+    sums = {_name(path): _checksum(x) for path, x in _leaves(tree)}
     return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 @jax.jit

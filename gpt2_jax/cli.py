@@ -2,6 +2,7 @@
 
 import inspect
 import logging as std_logging
+import os
 import re
 import sys
 import threading
@@ -20,6 +21,7 @@ from gpt2_jax.options import (
     OVERFLOW,
     Options,
 )
+from gpt2_jax.xla_flags import set_flags
 
 _TRACEBACK = flags.DEFINE_bool(
     "traceback", False, "Show the Python traceback of an error in the input."
@@ -35,6 +37,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     # Config files import configs.default, which lies beside scripts/, wherever the
     # program is started from and gpt2_jax is installed.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
+    set_flags(os.environ)
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 

@@ -157,10 +157,11 @@ def first_alone(make: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return make()
-    result, error = None, None
+    results: list[T] = []
+    error = None
     if is_first():
         try:
-            result = make()
+            results.append(make())
         except (ValueError, OSError) as e:
             error = e
     _wait_for_all("first_alone")
@@ -172,7 +173,7 @@ def first_alone(make: Callable[[], T]) -> T:
         raise error
     if said.strip():
         raise ValueError(f"process 0: {said.strip()}")
-    return make() if result is None else result
+    return results[0] if is_first() else make()
 
 
 def all_agree(yes: bool) -> bool:

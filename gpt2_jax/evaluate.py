@@ -120,7 +120,7 @@ def evaluate_run(
         abstract_params(contract.model),
     )
     model = model_of(contract.model, dtype)
-    params = checkpoint.restore(folder, {"params": abstract})["params"]
+    params = checkpoint.restore_params(folder, contract, abstract)
     if dtype == INT8:
         params = quantize(params)
     else:

@@ -195,6 +195,10 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
       ValueError, OSError: on bad input, with nothing of the run lost.
       DivergedError: when `optim.max_skipped` is exceeded.
     """
+    if "://" in str(workdir):
+        raise ValueError(
+            f"workdir={workdir} must be a folder, which all hosts of a job share"
+        )
     workdir = Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
     for size in {size for _, size in cfg.batch_warmup} | {cfg.batch_size}:
@@ -591,7 +595,7 @@ def global_batch(
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT set `received`; a second one kills.
+    """While entered, SIGTERM and SIGINT set `received`; a second SIGINT kills.
 
     In a job of several processes JAX's preemption service listens for SIGTERM, or for
     the cloud's notice, in each of them, and names one step at which all stop.
@@ -617,9 +621,9 @@ class StopSignals:
         return self.received is not None
 
     def _handle(self, number: int, _: object) -> None:
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
-        print("stopping after this step ...", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, self._old[signal.SIGINT])
+        if self.received is None:
+            print("stopping after this step ...", file=sys.stderr, flush=True)
         if self._in_job:
             os.kill(os.getpid(), signal.SIGTERM)
         else:

@@ -60,6 +60,14 @@ def copy(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved[0] / "3", tmp_path / "3"))
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    mesh = make_mesh(8, 1, 1)
+    save(folder, a_state(mesh, 3), a_state(mesh, 5, seed=1))
+    return folder
+
+
 def restore(folder, mesh):
     abstract = abstract_state(GPT2(TINY), OPTIMIZER, mesh)
     return checkpoint.restore(folder, checkpoint.as_tree(abstract))
@@ -181,6 +189,70 @@ def test_damage_is_named(copy, kind):
     with pytest.raises(DamagedCheckpointError, match=r"checkpoint .*3 is damaged") as e:
         restore(copy, make_mesh(8, 1, 1))
     assert "\n" not in str(e.value)
+
+
+def alter_contract(step):
+    path = step / "meta/metadata"
+    meta = json.loads(path.read_text())
+    meta["model"]["n_head"] = 2
+    path.write_text(json.dumps(meta))
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+ALL_DAMAGE = {
+    **DAMAGE,
+    "contract altered": alter_contract,
+    "tokenizer gone": lambda f: shutil.rmtree(f / "tokenizer"),
+    "tokenizer cut": lambda f: os.truncate(f / "tokenizer/metadata", 3),
+    "data zeroed": each_data_file(lambda p: p.write_bytes(bytes(p.stat().st_size))),
+    "an empty folder": empty,
+}
+
+
+@pytest.mark.parametrize("kind", ALL_DAMAGE)
+def test_a_damaged_step_is_set_aside_and_the_one_before_taken(
+    two_steps, tmp_path, kind, capfd
+):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    ALL_DAMAGE[kind](folder / "5")
+    mesh = make_mesh(8, 1, 1)
+    abstract = checkpoint.as_tree(abstract_state(GPT2(TINY), OPTIMIZER, mesh))
+    seen = []
+
+    def check(step_folder, contract):
+        seen.append((step_folder.name, contract.step))
+
+    contract, tree = checkpoint.latest_sound(folder, abstract, check)
+    assert contract.step == 3
+    assert seen[-1] == ("3", 3)
+    expected = checkpoint.as_tree(a_state(mesh, 3))
+    jax.tree.map(np.testing.assert_array_equal, tree, expected)
+    assert [p.name for p in folder.iterdir() if p.name.isdecimal()] == ["3"]
+    assert (tmp_path / "damaged/5").is_dir()
+    notes = [x for x in capfd.readouterr().err.splitlines() if x.startswith("note: ")]
+    [note] = notes
+    assert f"checkpoint {folder / '5'} is damaged: " in note
+    assert note.endswith(f"it is now {tmp_path / 'damaged/5'}")
+    # and a run that goes on from there saves step 5 again
+    save(folder, a_state(mesh, 5))
+    assert checkpoint.latest_sound(folder, abstract, check)[0].step == 5
+
+
+def test_nothing_is_begun_anew_when_no_step_is_sound(two_steps, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    for step in ("3", "5"):
+        shutil.rmtree(folder / step / "meta")
+    for _ in range(2):
+        with pytest.raises(DamagedCheckpointError, match="no sound checkpoint is left"):
+            checkpoint.latest_sound(folder, {}, lambda *_: None)
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["3", "5"]
+    assert checkpoint.latest_sound(tmp_path / "a/b", {}, lambda *_: None) is None
 
 
 def test_numbers_that_orbax_restores_wrong_are_caught(saved, tmp_path):

@@ -161,14 +161,18 @@ def test_changes_are_named_by_their_path():
     assert changes(old, new) == {"steps": (1000, 7), "optim.warmup_steps": (100, 2)}
 
 
-def test_signals_are_noted_once_and_then_left_to_python(capfd):
-    before = signal.getsignal(signal.SIGTERM)
+def test_signals_are_noted_and_a_second_ctrl_c_is_left_to_python(capfd):
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with StopSignals() as stop:
-        assert stop.received is None
+        assert not stop.requested(1)
         signal.raise_signal(signal.SIGTERM)
+        assert stop.requested(2)
         assert stop.received == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == before
-    assert "stopping after this step" in capfd.readouterr().err
+        signal.raise_signal(signal.SIGTERM)  # as a machine that goes down may do
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert {s: signal.getsignal(s) for s in before} == before
+    assert capfd.readouterr().err == "stopping after this step ...\n"
 
 
 def test_a_folder_that_can_not_be_written_is_refused_at_once(tmp_path):

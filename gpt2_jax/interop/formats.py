@@ -83,7 +83,7 @@ def _run(path: Path, step: int | None) -> Source:
             abstract_params(contract.model),
             shardings,
         )
-        params = checkpoint.restore(folder, {"params": abstract})["params"]
+        params = checkpoint.restore_params(folder, contract, abstract)
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
     summary = {"step": contract.step, **contract.metrics}

@@ -1,0 +1,207 @@
+"""Runs of several processes on one machine, as several hosts would run them."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_jax import load
+from test_run import ROOT, arguments, arrays, losses, train, wait_for_step
+
+MORE = ["--config.steps=400", "--config.eval.every=1000", "--config.checkpoint.every=7"]
+
+
+@contextmanager
+def job(n: int, workdir: Path, *args: str) -> Iterator[list[subprocess.Popen]]:
+    """The processes of a training job; those that are left over are killed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for i in range(n):
+        words = [f"--coordinator_address={address}", f"--num_processes={n}"]
+        # stderr in a file: XLA's own lines on a lost peer would fill a pipe
+        with (workdir.parent / f"{workdir.name}-{i}.err").open("w") as err:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-W", "error", ROOT / "scripts/train.py"),
+                    *(*args, *words, f"--process_id={i}"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            )
+        processes.append(process)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def error_of(workdir: Path, i: int) -> str:
+    lines = (workdir.parent / f"{workdir.name}-{i}.err").read_text().splitlines()
+    return next((line for line in reversed(lines) if "error: " in line), "")
+
+
+def ends(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
+    deadline = time.monotonic() + seconds
+    return [p.wait(max(1, deadline - time.monotonic())) for p in processes]
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory) -> Path:
+    """The run in one process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    train(workdir, text)
+    return workdir
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_train_as_one_and_one_goes_on_from_them(alone, text, tmp_path, n):
+    workdir = tmp_path / "run"
+    with job(n, workdir, *arguments(workdir, text)) as processes:
+        outs = [p.communicate(timeout=120)[0] for p in processes]
+        assert ends(processes) == [0] * n
+    assert f"mesh {{'data': {n}, 'fsdp': 1, 'tensor': 1}}" in outs[0]
+    # the first alone speaks, and Gloo
+    lines = [line for out in outs[1:] for line in out.splitlines()]
+    assert all(line.startswith("[Gloo]") for line in lines)
+    expected = losses(alone)
+    assert losses(workdir).keys() == expected.keys()
+    for step, loss in losses(workdir).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+    # their checkpoint is one of a single process, on one device and on four
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > 15:
+            shutil.rmtree(path)
+    for devices in (1, 4):
+        copy = shutil.copytree(workdir, tmp_path / f"on-{devices}")
+        process = subprocess.run(
+            [sys.executable, ROOT / "scripts/train.py", *arguments(copy, text)],
+            env={
+                **os.environ,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "resumed at step 15 of 24" in process.stdout
+        for step, loss in losses(copy).items():
+            assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_one_that_is_asked_to_stop_stops_all_at_one_step(text, tmp_path):
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    with job(2, whole, *arguments(whole, text)) as processes:
+        assert ends(processes) == [0, 0]
+    with job(2, workdir, *arguments(workdir, text)) as processes:
+        wait_for_step(processes[0], workdir, 2)
+        processes[1].send_signal(signal.SIGTERM)
+        out, _ = processes[0].communicate(timeout=120)
+        statuses = ends(processes)
+    # the notice takes a second: the run may end before it
+    assert statuses in ([143, 143], [0, 0])
+    if statuses[0]:
+        step = int(re.search(r"SIGTERM: stopped at step (\d+) of 24", out).group(1))
+        assert (workdir / f"checkpoints/{step}").is_dir()
+        with job(2, workdir, *arguments(workdir, text)) as processes:
+            out, _ = processes[0].communicate(timeout=120)
+            assert ends(processes) == [0, 0]
+        assert step == 24 or f"resumed at step {step}" in out
+    assert losses(workdir) == losses(whole)
+    assert arrays(workdir) == arrays(whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_dies_ends_the_others_by_name(text, tmp_path, victim):
+    workdir = tmp_path / "run"
+    with job(2, workdir, *arguments(workdir, text), *MORE) as processes:
+        wait_for_step(processes[0], workdir, 20)
+        processes[victim].kill()
+        began = time.monotonic()
+        assert processes[1 - victim].wait(60) == 75
+        assert time.monotonic() - began < 30  # seconds
+    lost = "error: another process of the job is gone or does not answer"
+    assert error_of(workdir, 1 - victim).startswith(lost)
+    assert any((workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_host_that_never_starts_is_a_named_time_out(text, tmp_path, i):
+    command = [
+        *(sys.executable, ROOT / "scripts/train.py", *arguments(tmp_path, text)),
+        *("--coordinator_address=127.0.0.1:47999", "--num_processes=2"),
+        *(f"--process_id={i}", "--start_timeout=3"),
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 75
+    assert (
+        "not all processes had come to 127.0.0.1:47999 after start_timeout=3 seconds"
+        in process.stderr.splitlines()[-1]
+    )
+
+
+@pytest.mark.slow
+def test_a_host_that_hangs_is_taken_for_dead(text, tmp_path):
+    workdir = tmp_path / "run"
+    args = [*arguments(workdir, text), *MORE, "--config.steps=4000"]
+    with job(2, workdir, *args, "--peer_timeout=10") as processes:
+        wait_for_step(processes[0], workdir, 20)
+        # the training process is a child of the one that was started
+        [child] = subprocess.run(
+            ["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True
+        ).stdout.split()
+        os.kill(int(child), signal.SIGSTOP)
+        assert processes[0].wait(60) == 75
+    assert "gone or does not answer" in error_of(workdir, 0)
+
+
+def test_bad_input_is_said_by_all_and_ends_all(text, tmp_path):
+    workdir = tmp_path / "run"
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    with job(2, workdir, *arguments(workdir, text)) as processes:
+        assert ends(processes) == [2, 2]
+    assert error_of(workdir, 0).startswith("error: ")
+    assert error_of(workdir, 0).split(": ")[-1] in error_of(workdir, 1)
+
+
+def test_losses_that_are_not_numbers_stop_the_run_by_name(text, tmp_path):
+    workdir = tmp_path / "run"
+    wild = ["--config.optim.learning_rate=1e30", "--config.optim.max_skipped=3"]
+    process = subprocess.run(
+        [
+            *(sys.executable, ROOT / "scripts/train.py", *arguments(workdir, text)),
+            *(*wild, "--config.checkpoint.every=1"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 2
+    assert re.search(
+        r"error: step (\d+): 4 updates in a row were skipped \(loss nan, .*\), more "
+        r"than optim.max_skipped=3; the last checkpoint is of step \d+",
+        process.stderr.splitlines()[-1],
+    )
+    assert "the update was skipped (loss nan" in process.stdout
+    lm = load(workdir)
+    assert lm.step >= 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(lm.params))
