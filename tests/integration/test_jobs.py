@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import load
-from test_run import ROOT, arguments, arrays, losses, train, wait_for_step
+from test_run import ROOT, arguments, arrays, losses, start, train, wait_for_step
 
 MORE = ["--config.steps=400", "--config.eval.every=1000", "--config.checkpoint.every=7"]
 
@@ -107,6 +107,7 @@ def test_processes_train_as_one_and_one_goes_on_from_them(alone, text, tmp_path,
             assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_that_is_asked_to_stop_stops_all_at_one_step(text, tmp_path):
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     with job(2, whole, *arguments(whole, text)) as processes:
@@ -129,7 +130,7 @@ def test_one_that_is_asked_to_stop_stops_all_at_one_step(text, tmp_path):
     assert arrays(workdir) == arrays(whole)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_host_that_dies_ends_the_others_by_name(text, tmp_path, victim):
     workdir = tmp_path / "run"
     with job(2, workdir, *arguments(workdir, text), *MORE) as processes:
@@ -186,22 +187,16 @@ def test_bad_input_is_said_by_all_and_ends_all(text, tmp_path):
 def test_losses_that_are_not_numbers_stop_the_run_by_name(text, tmp_path):
     workdir = tmp_path / "run"
     wild = ["--config.optim.learning_rate=1e30", "--config.optim.max_skipped=3"]
-    process = subprocess.run(
-        [
-            *(sys.executable, ROOT / "scripts/train.py", *arguments(workdir, text)),
-            *(*wild, "--config.checkpoint.every=1"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    args = [*arguments(workdir, text), *wild, "--config.checkpoint.every=1"]
+    process = start("train.py", *args)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert re.search(
         r"error: step (\d+): 4 updates in a row were skipped \(loss nan, .*\), more "
         r"than optim.max_skipped=3; the last checkpoint is of step \d+",
-        process.stderr.splitlines()[-1],
+        err.splitlines()[-1],
     )
-    assert "the update was skipped (loss nan" in process.stdout
+    assert "the update was skipped (loss nan" in out
     lm = load(workdir)
     assert lm.step >= 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(lm.params))
