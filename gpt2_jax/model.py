@@ -31,6 +31,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
@@ -55,12 +56,29 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+PRODUCT = "product"  # what comes out of a Linear, to the policies below
+REMAT: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 def dtype_named(name: str) -> Any:
     """float32 or bfloat16. Raises ValueError on any other name."""
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def remat_policy(name: str) -> Callable[..., bool]:
+    """What of a block is kept for the gradient. Raises ValueError on an unknown name.
+
+    Its inputs always are; the rest is computed again.
+    """
+    if name not in REMAT:
+        raise ValueError(f"remat {name!r} is not one of {', '.join(REMAT)}")
+    return REMAT[name]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -172,7 +190,7 @@ class Linear(nn.Module):
                 "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
             )
             y += bias.astype(y.dtype).reshape(out_shape)
-        return y.astype(x.dtype)
+        return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
     def _project_rows(self, x, in_shape, out_shape):
         rows = x.shape[: x.ndim - len(in_shape)]
@@ -327,6 +345,10 @@ class GPT2(nn.Module):
       scan_layers: run the layers under one `lax.scan` when there is no cache: the
         compile time no longer grows with depth, a step on CPU is 1.3x slower
         (benchmarks/). The parameters are the same either way.
+      remat: what of a block is computed again for the gradient instead of being kept:
+        "none"; "dots", all but the products with weights; "block", all. Results are
+        the same, those of dropout included. On CPU it takes scan_layers or jax 0.11
+        to save memory.
       mesh: over which batches are spread in training; None: one device, or left to
         XLA. It tells what XLA does not find by itself; shardings are those of the
         arguments (`gpt2_jax.sharding`).
@@ -336,6 +358,7 @@ class GPT2(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: str = "none"
     mesh: Mesh | None = None
 
     def setup(self) -> None:
@@ -396,8 +419,9 @@ class GPT2(nn.Module):
 
         x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
         x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
-        if self.scan_layers and cache is None and not self.is_initializing():
-            x_BTD = self._scan(x_BTD, positions_BT, key)
+        apart = self.scan_layers or self.remat != "none"
+        if apart and cache is None and not self.is_initializing():
+            x_BTD = self._apply_layers(x_BTD, positions_BT, key)
         else:
             kvs = []
             for i, block in enumerate(self.h):
@@ -412,19 +436,31 @@ class GPT2(nn.Module):
         """Logits [B, T, V] in float32 of hidden states [B, T, D]: head tied to wte."""
         return self.wte.attend(hidden_BTD)
 
-    def _scan(self, x_BTD, positions_BT, key):
+    def _apply_layers(self, x_BTD, positions_BT, key):
+        """The blocks as functions of their parameters, for JAX to scan or repeat."""
         layers = [self.variables["params"][f"h_{i}"] for i in range(self.cfg.n_layer)]
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
         block = Block(self.cfg, self.dtype, self.param_dtype, parent=None)
 
-        def body(x_BTD, layer):
+        def apply(x_BTD, layer):
             params, i = layer
             k = None if key is None else jax.random.fold_in(key, i)
             x_BTD, _ = block.apply({"params": params}, x_BTD, positions_BT, None, i, k)
             return x_BTD, None
 
-        indices = jnp.arange(self.cfg.n_layer)
-        return jax.lax.scan(body, x_BTD, (stacked, indices))[0]
+        if self.remat != "none":
+            # In a scan nothing could take the second computation for the first.
+            apply = jax.checkpoint(
+                apply,
+                policy=remat_policy(self.remat),
+                prevent_cse=not self.scan_layers,
+            )
+        if self.scan_layers:
+            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+            indices = jnp.arange(self.cfg.n_layer)
+            return jax.lax.scan(apply, x_BTD, (stacked, indices))[0]
+        for i, params in enumerate(layers):
+            x_BTD, _ = apply(x_BTD, (params, i))
+        return x_BTD
 
 
 def layer_norm(cfg: GPT2Config, dtype, param_dtype, name=None) -> nn.LayerNorm:

@@ -24,7 +24,7 @@ from gpt2_jax.data.loader import TokenDataset, eval_batches, train_batch
 from gpt2_jax.data.prepare import prepared_folder
 from gpt2_jax.evaluate import check_batch, evaluate, make_eval_step
 from gpt2_jax.generate import generate
-from gpt2_jax.model import GPT2, count_params, dtype_named
+from gpt2_jax.model import GPT2, count_params, dtype_named, remat_policy
 from gpt2_jax.options import Options
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from gpt2_jax.train_step import TrainState, abstract_state, init_state, train_step
@@ -75,6 +75,7 @@ class TrainConfig:
     block_size: int
     accumulation: int
     dtype: str
+    remat: str
     log_every: int
     model: Mapping[str, Any]  # GPT2Config's fields; vocab_size 0: the tokenizer's
     data: DataConfig
@@ -111,6 +112,7 @@ class TrainConfig:
                 f"model.n_positions={self.model['n_positions']}"
             )
         dtype_named(self.dtype)
+        remat_policy(self.remat)
         optim.schedule(self.optim, self.steps)
 
     @classmethod
@@ -200,6 +202,7 @@ def make_model(
         config,
         dtype=dtype_named(cfg.dtype),
         scan_layers=jax.default_backend() != "cpu",
+        remat=cfg.remat,
         mesh=mesh,
     )
 

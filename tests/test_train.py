@@ -59,6 +59,7 @@ def test_each_config_is_a_valid_run(name):
         ({"accumulation": 3}, "batch_size=16 does not divide by accumulation=3"),
         ({"block_size": 512}, "block_size=512 exceeds model.n_positions=256"),
         ({"dtype": "fp16"}, "dtype 'fp16' is not one of float32, bfloat16"),
+        ({"remat": "all"}, "remat 'all' is not one of none, dots, block"),
         ({"optim__b1": 1.5}, "optim.b1=1.5 must be < 1"),
         ({"optim__warmup_steps": 1000}, "optim.warmup_steps=1000 must be less than"),
     ],
