@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     c.block_size = 256  # tokens of an example
     c.accumulation = 1  # microbatches that a batch is cut into, one after another
     c.dtype = "float32"  # of the computation: float32 or bfloat16
+    c.attention = "auto"  # or xla, cudnn (NVIDIA, bfloat16), pallas (TPU)
     c.remat = "none"  # for less memory compute again: none, dots (all but matrix
     # products), block (all of a layer)
     c.log_every = 10  # steps between records of the training metrics
