@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     c.device_batch_size = 0  # examples on a device at a time, the batch being cut into
     # microbatches that are added up; 0: all at once
     c.dtype = "float32"  # of the computation: float32 or bfloat16
+    c.attention = "auto"  # or xla, cudnn (NVIDIA, bfloat16), pallas (TPU)
+    c.remat = "none"  # for less memory compute again: none, dots (all but matrix
+    # products), block (all of a layer)
     c.log_every = 10  # steps between records of the training metrics
 
     m = c.model = ConfigDict()  # as in GPT2Config

@@ -3,43 +3,185 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.sharding import BATCH, n_batch_shards
 
 UNSEEN = np.finfo(np.float32).min  # finite: a row that sees nothing is not NaN
+
+BACKENDS = ("auto", "xla", "cudnn", "pallas")
+
+
+def check_attention(name: str) -> None:
+    """Raises ValueError on what is not one of BACKENDS."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention {name!r} is not one of {', '.join(BACKENDS)}")
+
+
+def attention_backend(
+    asked: str,
+    shape_BTHK: tuple[int, ...],
+    dtype: jnp.dtype,
+    *,
+    dropout: bool,
+    mesh: Mesh | None,
+) -> str:
+    """What computes `causal_attention` of such queries here: xla, cudnn or pallas.
+
+    Args:
+      asked: one of BACKENDS; auto: a kernel that holds no scores, where one can run.
+      dropout: whether probabilities are dropped.
+
+    Raises:
+      ValueError: on an unknown name, and when what is asked for cannot run, why.
+    """
+    check_attention(asked)
+    B, T, H, K = shape_BTHK
+    for name, obstacle in (
+        ("cudnn", _obstacle_to_cudnn(K, jnp.dtype(dtype).name)),
+        ("pallas", _obstacle_to_pallas(B, T, H, mesh)),
+    ):
+        if dropout:
+            obstacle = "it has no dropout of probabilities (attn_pdrop)"
+        if asked in ("auto", name) and obstacle is None:
+            return name
+        if asked == name:
+            raise ValueError(f"attention {name!r} cannot run: {obstacle}")
+    return "xla"
+
+
+def _obstacle_to_cudnn(K: int, dtype: str) -> str | None:
+    """Source: cuDNN's support matrix, as `jax.nn.dot_product_attention` checks it."""
+    capability = _compute_capability()
+    if capability is None:
+        return f"it needs an NVIDIA GPU, this is a {jax.default_backend()}"
+    if capability < 8:
+        return f"it needs compute capability 8.0 or more, this GPU has {capability}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"it needs bfloat16 or float16, not {dtype}"
+    most = 256 if capability >= 9 else 128
+    if K % 8 or K > most:
+        return f"head_dim={K} is not a multiple of 8 up to {most}"
+    return None
+
+
+def _compute_capability() -> float | None:
+    """Of an NVIDIA GPU; None: there is none."""
+    device = jax.devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return None
+    return float(device.compute_capability)
+
+
+LANES = 128  # of a TPU's vector unit
+
+
+def _obstacle_to_pallas(B: int, T: int, H: int, mesh: Mesh | None) -> str | None:
+    if jax.default_backend() != "tpu":
+        return f"it needs a TPU, this is a {jax.default_backend()}"
+    if T % LANES:
+        return f"{T=} is not a multiple of {LANES}"
+    if mesh is None:
+        n = jax.device_count()
+        return None if n == 1 else f"it needs the mesh of the {n} devices"
+    for size, what, parts in [
+        (B, "rows", n_batch_shards(mesh)),
+        (H, "heads", mesh.shape["tensor"]),
+    ]:
+        if size % parts:
+            return f"{size} {what} do not divide by the {parts} devices they lie on"
+    return None
 
 
 def causal_attention(
     q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    positions_BT: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
     *,
     scale: jax.Array | float,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    attention: str = "auto",
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """softmax(scale q k^T) v, a query at position p seeing keys 0 .. p.
+    """softmax(scale q k^T) v, each token seeing itself and those before it.
 
     Args:
-      q_BTHK: queries of T tokens.
-      k_BSHK, v_BSHK: keys and values; key s is the token at position s.
-      positions_BT: int32 position of each query ([1, T] serves all rows).
+      q_BTHK, k_BTHK, v_BTHK: of whole sequences.
       scale: of the scores; GPT-2's is 1 / sqrt(K).
       dropout_rate: on the probabilities, when a `dropout_key` is given.
+      attention: one of BACKENDS; see `attention_backend`.
+      mesh: over which rows and heads are spread, which pallas needs to know.
 
     Returns:
-      [B, T, H, K] in the dtype of v. Scores and softmax are in float32. The mask
-      is finite, and every query sees at least key 0, so no row is ever NaN.
+      [B, T, H, K] in the dtype of v. Scores and softmax are in float32.
+
+    Raises:
+      ValueError: when `attention` cannot run here.
     """
-    s_BHTS = jnp.einsum(
-        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
+    dropout = dropout_key is not None and dropout_rate > 0
+    backend = attention_backend(
+        attention, q_BTHK.shape, q_BTHK.dtype, dropout=dropout, mesh=mesh
     )
-    seen_BTS = jnp.arange(k_BSHK.shape[1]) <= positions_BT[:, :, None]
-    s_BHTS = jnp.where(seen_BTS[:, None], s_BHTS * scale, UNSEEN)
+    if backend == "xla":
+        return _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key)
+    if not isinstance(scale, float):  # kernels have it as a constant
+        q_BTHK, scale = (q_BTHK * scale).astype(q_BTHK.dtype), 1.0
+    if backend == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BTHK, v_BTHK, scale=scale, is_causal=True, implementation="cudnn"
+        )
+    return _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh)
+
+
+def _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key):
+    s_BHTS = jnp.einsum(
+        "BTHK,BSHK->BHTS", q_BTHK, k_BTHK, preferred_element_type=jnp.float32
+    )
+    position_T = jnp.arange(q_BTHK.shape[1])
+    seen_TS = position_T <= position_T[:, None]
+    s_BHTS = jnp.where(seen_TS, s_BHTS * scale, UNSEEN)
     p_BHTS = jax.nn.softmax(s_BHTS, axis=-1)
     if dropout_key is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)
         p_BHTS = jnp.where(keep_BHTS, p_BHTS / (1 - dropout_rate), 0.0)
-    return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BSHK.dtype), v_BSHK)
+    return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BTHK.dtype), v_BTHK)
+
+
+def _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh, *, interpret=False):
+    """By the splash kernel for TPUs, on each device for its own rows and heads."""
+    # Here, for importing it takes time, and it is of use on TPUs alone.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T = q_BTHK.shape[1]
+    size = next(n * LANES for n in (4, 2, 1) if T % (n * LANES) == 0)
+    blocks = splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+
+    def attend(q_BTHK, k_BTHK, v_BTHK):
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([splash.CausalMask((T, T))] * q_BTHK.shape[2]),
+            block_sizes=blocks,
+            interpret=interpret,
+        )
+        q_BHTK, k_BHTK, v_BHTK = (
+            x.transpose(0, 2, 1, 3) for x in (q_BTHK * scale, k_BTHK, v_BTHK)
+        )
+        return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK).transpose(0, 2, 1, 3)
+
+    if mesh is not None:
+        rows = P(BATCH, None, "tensor", None)
+        attend = jax.shard_map(
+            attend, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+        )
+    return attend(q_BTHK, k_BTHK, v_BTHK)
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:

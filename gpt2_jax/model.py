@@ -31,10 +31,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
-from gpt2_jax.attention import cached_attention, causal_attention
+from gpt2_jax.attention import (
+    attention_backend,
+    cached_attention,
+    causal_attention,
+)
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
 
@@ -55,12 +60,29 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+PRODUCT = "product"  # what comes out of a Linear, to the policies below
+REMAT: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 def dtype_named(name: str) -> Any:
     """float32 or bfloat16. Raises ValueError on any other name."""
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def remat_policy(name: str) -> Callable[..., bool]:
+    """What of a block is kept for the gradient. Raises ValueError on an unknown name.
+
+    Its inputs always are; the rest is computed again.
+    """
+    if name not in REMAT:
+        raise ValueError(f"remat {name!r} is not one of {', '.join(REMAT)}")
+    return REMAT[name]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -172,7 +194,7 @@ class Linear(nn.Module):
                 "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
             )
             y += bias.astype(y.dtype).reshape(out_shape)
-        return y.astype(x.dtype)
+        return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
     def _project_rows(self, x, in_shape, out_shape):
         rows = x.shape[: x.ndim - len(in_shape)]
@@ -221,19 +243,21 @@ class Block(nn.Module):
     cfg: GPT2Config
     dtype: Any
     param_dtype: Any
+    attention: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
         cache: KVCache | None,
         layer: Any,  # int; traced under scan
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        a_BTD, kv = Attention(self.cfg, self.dtype, self.param_dtype, name="attn")(
-            self._norm("ln_1", x_BTD), positions_BT, cache, layer, keys[0]
+        rest = (self.dtype, self.param_dtype, self.attention, self.mesh)
+        a_BTD, kv = Attention(self.cfg, *rest, name="attn")(
+            self._norm("ln_1", x_BTD), cache, layer, keys[0]
         )
         x_BTD += dropout(a_BTD, self.cfg.resid_pdrop, keys[1])
         m_BTD = MLP(self.cfg, self.dtype, self.param_dtype, name="mlp")(
@@ -256,12 +280,13 @@ class Attention(nn.Module):
     cfg: GPT2Config
     dtype: Any
     param_dtype: Any
+    attention: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
         cache: KVCache | None,
         layer: Any,  # int; traced under scan
         dropout_key: jax.Array | None,
@@ -284,10 +309,11 @@ class Attention(nn.Module):
                 q_BTHK,
                 k,
                 v,
-                positions_BT,
                 scale=scale,
                 dropout_rate=cfg.attn_pdrop,
                 dropout_key=dropout_key,
+                attention=self.attention,
+                mesh=self.mesh,
             )
         std = residual_stddev(cfg)
         y_BTD = Linear(heads, (cfg.n_embd,), std, *rest, name="c_proj")(att_BTHK)
@@ -327,6 +353,11 @@ class GPT2(nn.Module):
       scan_layers: run the layers under one `lax.scan` when there is no cache: the
         compile time no longer grows with depth, a step on CPU is 1.3x slower
         (benchmarks/). The parameters are the same either way.
+      remat: what of a block is computed again for the gradient instead of being kept:
+        "none"; "dots", all but the products with weights; "block", all. Results are
+        the same, those of dropout included. On CPU it takes scan_layers or jax 0.11
+        to save memory.
+      attention: what computes it over whole sequences, one of attention.BACKENDS.
       mesh: over which batches are spread in training; None: one device, or left to
         XLA. It tells what XLA does not find by itself; shardings are those of the
         arguments (`gpt2_jax.sharding`).
@@ -336,6 +367,8 @@ class GPT2(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: str = "none"
+    attention: str = "auto"
     mesh: Mesh | None = None
 
     def setup(self) -> None:
@@ -348,7 +381,7 @@ class GPT2(nn.Module):
             self.param_dtype,
             embedding_init=nn.initializers.normal(cfg.initializer_range),
         )
-        self.h = [Block(cfg, self.dtype, self.param_dtype) for _ in range(cfg.n_layer)]
+        self.h = [self._block() for _ in range(cfg.n_layer)]
         self.ln_f = layer_norm(cfg, self.dtype, self.param_dtype)
 
     def __call__(
@@ -396,12 +429,13 @@ class GPT2(nn.Module):
 
         x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
         x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
-        if self.scan_layers and cache is None and not self.is_initializing():
-            x_BTD = self._scan(x_BTD, positions_BT, key)
+        apart = self.scan_layers or self.remat != "none"
+        if apart and cache is None and not self.is_initializing():
+            x_BTD = self._apply_layers(x_BTD, key)
         else:
             kvs = []
             for i, block in enumerate(self.h):
-                x_BTD, kv = block(x_BTD, positions_BT, cache, i, fold(i))
+                x_BTD, kv = block(x_BTD, cache, i, fold(i))
                 kvs.append(kv)
             if cache is not None:
                 k, v = zip(*kvs, strict=True)
@@ -412,19 +446,50 @@ class GPT2(nn.Module):
         """Logits [B, T, V] in float32 of hidden states [B, T, D]: head tied to wte."""
         return self.wte.attend(hidden_BTD)
 
-    def _scan(self, x_BTD, positions_BT, key):
-        layers = [self.variables["params"][f"h_{i}"] for i in range(self.cfg.n_layer)]
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
-        block = Block(self.cfg, self.dtype, self.param_dtype, parent=None)
+    def _block(self, **kwargs: Any) -> Block:
+        rest = (self.dtype, self.param_dtype, self.attention, self.mesh)
+        return Block(self.cfg, *rest, **kwargs)
 
-        def body(x_BTD, layer):
+    def _apply_layers(self, x_BTD, key):
+        """The blocks as functions of their parameters, for JAX to scan or repeat."""
+        layers = [self.variables["params"][f"h_{i}"] for i in range(self.cfg.n_layer)]
+        block = self._block(parent=None)
+
+        def apply(x_BTD, layer):
             params, i = layer
             k = None if key is None else jax.random.fold_in(key, i)
-            x_BTD, _ = block.apply({"params": params}, x_BTD, positions_BT, None, i, k)
-            return x_BTD, None
+            return block.apply({"params": params}, x_BTD, None, i, k)
 
-        indices = jnp.arange(self.cfg.n_layer)
-        return jax.lax.scan(body, x_BTD, (stacked, indices))[0]
+        if self.remat != "none":
+            # In a scan nothing could take the second computation for the first.
+            apply = jax.checkpoint(
+                apply,
+                policy=remat_policy(self.remat),
+                prevent_cse=not self.scan_layers,
+            )
+        if self.scan_layers:
+            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+            indices = jnp.arange(self.cfg.n_layer)
+            return jax.lax.scan(apply, x_BTD, (stacked, indices))[0]
+        for i, params in enumerate(layers):
+            x_BTD, _ = apply(x_BTD, (params, i))
+        return x_BTD
+
+
+def attention_of(model: GPT2, B: int, T: int, *, deterministic: bool) -> str:
+    """What computes its attention over B sequences of T tokens, without a cache.
+
+    Raises:
+      ValueError: when what it asks for cannot.
+    """
+    cfg = model.cfg
+    return attention_backend(
+        model.attention,
+        (B, T, cfg.n_head, cfg.head_dim),
+        model.dtype,
+        dropout=cfg.attn_pdrop > 0 and not deterministic,
+        mesh=model.mesh,
+    )
 
 
 def layer_norm(cfg: GPT2Config, dtype, param_dtype, name=None) -> nn.LayerNorm:
@@ -459,10 +524,10 @@ def init(model: GPT2, key: jax.Array) -> Params:
     """
     cfg = model.cfg
     top_key, layers_key = jax.random.split(key)
-    shallow = model.clone(cfg=dataclasses.replace(cfg, n_layer=1))
+    shallow = model.clone(cfg=dataclasses.replace(cfg, n_layer=1), attention="xla")
     params = shallow.init(top_key, jnp.zeros((1, 1), jnp.int32))["params"]
-    block = Block(cfg, model.dtype, model.param_dtype)
-    inputs = (jnp.zeros((1, 1, cfg.n_embd)), jnp.zeros((1, 1), int), None, 0, None)
+    block = Block(cfg, model.dtype, model.param_dtype, "xla", None)
+    inputs = (jnp.zeros((1, 1, cfg.n_embd)), None, 0, None)
     layers = jax.vmap(lambda k: block.init(k, *inputs)["params"])(
         jax.random.split(layers_key, cfg.n_layer)
     )

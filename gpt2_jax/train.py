@@ -22,12 +22,20 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gpt2_jax import checkpoint, distributed, metrics, optim, sharding
+from gpt2_jax.attention import check_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import TokenDataset, eval_batches, train_examples
 from gpt2_jax.data.prepare import prepared_folder
 from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.generate import generate
-from gpt2_jax.model import GPT2, Params, count_params, dtype_named
+from gpt2_jax.model import (
+    GPT2,
+    Params,
+    attention_of,
+    count_params,
+    dtype_named,
+    remat_policy,
+)
 from gpt2_jax.options import Options
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from gpt2_jax.train_step import TrainState, abstract_state, init_state, train_step
@@ -79,6 +87,8 @@ class TrainConfig:
     block_size: int
     device_batch_size: int
     dtype: str
+    attention: str
+    remat: str
     log_every: int
     model: Mapping[str, Any]  # GPT2Config's fields; vocab_size 0: the tokenizer's
     data: DataConfig
@@ -118,6 +128,8 @@ class TrainConfig:
                 f"model.n_positions={self.model['n_positions']}"
             )
         dtype_named(self.dtype)
+        check_attention(self.attention)
+        remat_policy(self.remat)
         optim.schedule(self.optim, self.steps)
 
     @classmethod
@@ -242,7 +254,8 @@ def make_model(
     """The model of a run; layers are scanned on accelerators only.
 
     Raises:
-      ValueError: when the vocabulary of the model can't hold the tokenizer's.
+      ValueError: when the vocabulary of the model can't hold the tokenizer's, or the
+        attention that is asked for can't run here.
     """
     vocab_size = cfg.model["vocab_size"] or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
@@ -251,12 +264,19 @@ def make_model(
             f"vocab_size={tokenizer.vocab_size}"
         )
     config = GPT2Config.from_dict({**cfg.model, "vocab_size": vocab_size})
-    return GPT2(
+    model = GPT2(
         config,
         dtype=dtype_named(cfg.dtype),
         scan_layers=jax.default_backend() != "cpu",
+        remat=cfg.remat,
+        attention=cfg.attention,
         mesh=mesh,
     )
+    rows = cfg.batch_size
+    if mesh is not None:
+        rows //= cfg.microbatches(rows, mesh)
+    attention_of(model, rows, cfg.block_size, deterministic=False)
+    return model
 
 
 def resume(
@@ -418,14 +438,17 @@ class _Run:
             dynamic_ncols=True,
         )
         devices = jax.devices()
+        cut = cfg.microbatches(cfg.batch_size, self.mesh)
+        rows = cfg.batch_size // cut
+        attention = attention_of(self.model, rows, cfg.block_size, deterministic=False)
         self._say(
             f"{n_params:,} parameters, {len(self.dataset):,} training tokens, "
             f"vocabulary {self.model.cfg.vocab_size} ({self.tokenizer.kind})"
         )
         self._say(
             f"{len(devices)} x {devices[0].device_kind}, mesh {dict(shape)}, "
-            f"{cfg.dtype}; {cfg.batch_size} x {cfg.block_size} tokens a step, "
-            f"microbatches {cfg.microbatches(cfg.batch_size, self.mesh)}"
+            f"{cfg.dtype}, attention by {attention}; "
+            f"{cfg.batch_size} x {cfg.block_size} tokens a step, microbatches {cut}"
         )
         self._say(
             f"MFU = tokens/s x (6N + 12LDT) / peak, peak {self._peak / 1e12:.3g} "

@@ -19,7 +19,7 @@ from gpt2_jax.model import (
     init,
     project,
 )
-from shapes import TINY
+from shapes import TINY, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 64))
 
@@ -179,6 +179,42 @@ def test_scanned_layers_are_the_same_function(tiny):
         partial(init, GPT2(TINY, scan_layers=True)), jax.random.key(0)
     )
     assert jax.tree.structure(scanned) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_rematerialisation_takes_time_for_memory_and_changes_nothing(scan_layers):
+    cfg = dataclasses.replace(TINY, n_layer=4, attn_pdrop=0.1, resid_pdrop=0.1)
+    params, inputs = random_params(cfg, stddev=0.2), TOKENS.reshape(8, 16)
+
+    def loss(params, tokens, remat):
+        model = GPT2(cfg, scan_layers=scan_layers, remat=remat)
+        rngs = {"dropout": jax.random.key(3)}
+        logits, _ = model.apply(
+            {"params": params}, tokens, deterministic=False, rngs=rngs
+        )
+        return jnp.square(logits).mean()
+
+    step = jax.jit(jax.grad(loss), static_argnums=2)
+    names = ["none", "dots", "block"]
+    compiled = [step.lower(params, inputs, name).compile() for name in names]
+    none, dots, block = (c.cost_analysis()["flops"] for c in compiled)
+    assert none < dots < block
+    if scan_layers or jax.__version_info__ >= (0, 11):
+        # else XLA:CPU computes again, but long before it needs to
+        none, dots, block = (c.memory_analysis().temp_size_in_bytes for c in compiled)
+        assert none > 1.5 * dots
+        assert dots > 1.2 * block
+    expected, *others = (c(params, inputs) for c in compiled)
+    for grads in others:  # the same operations, fused otherwise
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, expected
+        )
+
+
+def test_an_unknown_rematerialisation_is_refused(tiny):
+    _, params = tiny
+    with pytest.raises(ValueError, match="remat 'all' is not one of none, dots, block"):
+        GPT2(TINY, remat="all").apply({"params": params}, TOKENS)
 
 
 @pytest.mark.parametrize("place", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])

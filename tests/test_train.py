@@ -91,6 +91,8 @@ def test_recipes_are_of_their_size_and_fit_eight_devices(name, millions, example
         ({"checkpoint__keep_last": 0}, "checkpoint.keep_last=0 must be >= 1"),
         ({"block_size": 512}, "block_size=512 exceeds model.n_positions=256"),
         ({"dtype": "fp16"}, "dtype 'fp16' is not one of float32, bfloat16"),
+        ({"attention": "flash"}, "attention 'flash' is not one of auto, xla, cudnn"),
+        ({"remat": "all"}, "remat 'all' is not one of none, dots, block"),
         ({"optim__b1": 1.5}, "optim.b1=1.5 must be < 1"),
         ({"optim__warmup_steps": 1000}, "optim.warmup_steps=1000 must be less than"),
     ],
@@ -107,6 +109,11 @@ def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_refused():
     assert padded.cfg.vocab_size == 384
     with pytest.raises(ValueError, match=r"model.vocab_size=256 is less than .*=257"):
         make_model(config(model__vocab_size=256), ByteTokenizer())
+
+
+def test_attention_that_cannot_run_here_is_refused():
+    with pytest.raises(ValueError, match="'cudnn' cannot run: it needs an NVIDIA GPU"):
+        make_model(config(attention="cudnn"), ByteTokenizer())
 
 
 @pytest.mark.parametrize("device_batch_size", [0, 1, 4])
