@@ -45,6 +45,7 @@ HOUSE = [
     "attention",
     "losses",
     "cache",
+    "chips",
     "config",
     "data",
     "interop",
