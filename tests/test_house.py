@@ -15,6 +15,7 @@ HOUSE = [
     "cli",
     "__init__",
     "lm",
+    "preflight",
     "train",
     "evaluate",
     "verify",
