@@ -8,20 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.chips import chip_of
 from gpt2_jax.config import GPT2Config
-
-# Dense bfloat16 FLOP/s of a chip as its maker publishes them, by the start of
-# `device_kind`; longer names first.
-PEAK_FLOPS = {
-    "TPU v6 lite": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-}
 
 
 def flops_per_token(cfg: GPT2Config, n_params: int, block_size: int) -> int:
@@ -41,9 +29,8 @@ def peak_flops(dtype: Any) -> tuple[float, str]:
     2048 x 2048 matrix products in `dtype` that are measured on the spot.
     """
     kind = jax.devices()[0].device_kind
-    for name, peak in PEAK_FLOPS.items():
-        if kind.startswith(name):
-            return peak, f"{name}, bfloat16, published"
+    if chip := chip_of(kind):
+        return chip.peak_flops, f"{kind}, bfloat16, published"
     n = 2048
     x = jnp.ones((n, n), dtype)
     product = jax.jit(jnp.matmul)

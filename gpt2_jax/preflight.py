@@ -1,0 +1,347 @@
+"""A plan of a training run, made ahead of time and without an accelerator.
+
+The train step is compiled for a mesh of CPU devices that stand for the accelerators,
+from shapes alone, and the compiler says how much memory it takes. What XLA:CPU says
+is near to what an accelerator needs, but not the same:
+
+- Attention writes out its scores here; a fused one, as GPUs and TPUs have, does not.
+- A CPU multiplies some bfloat16 factors in float32 copies, and in another order.
+- TPUs pad arrays to tiles.
+
+Of five programs (124M, and 1.5B over 8 devices, with and without rematerialisation)
+XLA:TPU wanted 0.74 to 1.14 times the peak of XLA:CPU; measured once, for v5e with jax
+0.10.2 and libtpu 0.0.42, beside XLA:CPU of jax 0.10.2 and 0.12.0. Hence `HEADROOM`.
+"""
+
+import dataclasses
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gpt2_jax import metrics, sharding
+from gpt2_jax.cache import KVCache
+from gpt2_jax.chips import Chip
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.evaluate import check_batch
+from gpt2_jax.model import GPT2, count_params
+from gpt2_jax.optim import make_optimizer
+from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
+from gpt2_jax.train import TrainConfig, make_model
+from gpt2_jax.train_step import TrainState, abstract_state, train_step
+
+HEADROOM = 0.15  # share of a chip's memory that is kept free
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a compiled train step takes on each device, in bytes."""
+
+    arguments: int  # the state, and a batch
+    temporaries: int  # gradients, activations, copies
+    outputs: int  # that do not take an argument's place, as the new state does
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a run ahead of time. Bytes are those of one device."""
+
+    cfg: TrainConfig
+    model: GPT2Config
+    chip: Chip
+    mesh: dict[str, int]
+    mfu: float  # assumed
+    n_params: int
+    params_bytes: int  # and of the gradients
+    optimizer_bytes: int
+    cache_bytes: int  # of a sequence as long as the context
+    trials: dict[int, Memory]  # of the accumulations that were compiled, ascending
+    smallest: int | None  # accumulation that fits; None: none does
+
+    @property
+    def n_devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def batch_shards(self) -> int:
+        return math.prod(self.mesh[axis] for axis in sharding.BATCH)
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of the chip's memory, without what is kept free."""
+        return usable_bytes(self.chip)
+
+    @property
+    def fits(self) -> bool:
+        """With the accumulation that the config gives."""
+        return self.trials[self.cfg.accumulation].peak <= self.usable_bytes
+
+    @property
+    def flops_per_token(self) -> int:
+        return metrics.flops_per_token(self.model, self.n_params, self.cfg.block_size)
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.cfg.batch_size * self.cfg.block_size
+
+    @property
+    def total_tokens(self) -> int:
+        return self.cfg.steps * self.tokens_per_update
+
+    @property
+    def tokens_per_second(self) -> float:
+        peak = self.n_devices * self.chip.peak_flops
+        return self.mfu * peak / self.flops_per_token
+
+    @property
+    def seconds_per_update(self) -> float:
+        return self.tokens_per_update / self.tokens_per_second
+
+    @property
+    def optimizer_seconds(self) -> float:
+        """Of an update, at least: gradients are read, the rest is read and written."""
+        moved = self.params_bytes + 2 * (self.params_bytes + self.optimizer_bytes)
+        return moved / self.chip.bandwidth
+
+
+def fake_devices(n_devices: int) -> None:
+    """Gives this process so many CPU devices and no others, before JAX starts."""
+    if n_devices < 1:
+        raise ValueError(f"{n_devices=} must be >= 1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", n_devices)
+
+
+def plan(
+    cfg: TrainConfig,
+    chip: Chip,
+    n_devices: int,
+    mfu: float,
+    *,
+    progress: Callable[[str], object] = lambda line: None,
+) -> Plan:
+    """Compiles the step as given, and until the smallest accumulation is known.
+
+    Args:
+      cfg: the run.
+      n_devices: of `chip`; the process must have as many CPU devices.
+      mfu: share of the chip's peak that is assumed for the time of an update.
+      progress: is told in a line what is being compiled.
+
+    Raises:
+      ValueError: when the mesh fits neither the devices nor the parameters, or the
+        batch the mesh, or where the vocabulary is not known ahead of time.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"{mfu=} must be in (0, 1]")
+    devices = jax.devices("cpu")[:n_devices]
+    if len(devices) < n_devices:
+        raise ValueError(f"{n_devices=} exceeds the {len(devices)} CPU devices here")
+    mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh), devices=devices)
+    check_batch(cfg.microbatch, mesh)
+    model = make_model(cfg, NoTokenizer(vocab_size(cfg), 0, "a plan needs none"))
+    model = model.clone(scan_layers=True)  # as on accelerators
+    optimizer = make_optimizer(cfg.optim, cfg.steps)
+    state = abstract_state(model, optimizer, mesh)
+    trials: dict[int, Memory] = {}
+
+    def fits(accumulation: int) -> bool:
+        if accumulation not in trials:
+            progress(f"compiling with accumulation={accumulation}")
+            trial = dataclasses.replace(cfg, accumulation=accumulation)
+            step = compile_step(trial, model, optimizer, state, mesh)
+            trials[accumulation] = memory_of(step)
+        return trials[accumulation].peak <= usable_bytes(chip)
+
+    fits(cfg.accumulation)
+    most = cfg.batch_size // sharding.n_batch_shards(mesh)
+    smallest = smallest_accumulation(most, fits)
+    return Plan(
+        cfg=cfg,
+        model=model.cfg,
+        chip=chip,
+        mesh=dict(mesh.shape),
+        mfu=mfu,
+        n_params=count_params(state.params),
+        params_bytes=bytes_per_device(state.params),
+        optimizer_bytes=bytes_per_device(state.opt_state),
+        cache_bytes=cache_bytes(model),
+        trials=dict(sorted(trials.items())),
+        smallest=smallest,
+    )
+
+
+def vocab_size(cfg: TrainConfig) -> int:
+    """The model's, or that of the tokenizer as far as it is known before training.
+
+    Raises:
+      ValueError: where it is not.
+    """
+    if size := cfg.model["vocab_size"]:
+        return size
+    if cfg.data.tokenizer == "bytes":
+        return ByteTokenizer().vocab_size
+    if cfg.data.tokenizer == "sentencepiece" and cfg.data.vocab_size:
+        return cfg.data.vocab_size
+    raise ValueError(
+        f"model.vocab_size=0 is the tokenizer's, and that of data.tokenizer="
+        f"{cfg.data.tokenizer!r} is not known ahead of time: set model.vocab_size"
+    )
+
+
+def compile_step(
+    cfg: TrainConfig,
+    model: GPT2,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+) -> jax.stages.Compiled:
+    """The train step of a run, for a state that is donated; abstract leaves will do."""
+    step = jax.jit(
+        partial(train_step, model=model, optimizer=optimizer, seed=cfg.seed),
+        donate_argnums=0,
+    )
+    tokens_ABT = jax.ShapeDtypeStruct(
+        (cfg.accumulation, cfg.microbatch, cfg.block_size + 1),
+        jnp.int32,
+        sharding=sharding.batch_sharding(mesh, ndim=3, axis=1),
+    )
+    # Memory is assigned before machine code is made; nobody runs that, so it may be
+    # slow: this halves the time of compilation.
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    return step.lower(state, tokens_ABT).compile(compiler_options=options)
+
+
+def memory_of(step: jax.stages.Compiled) -> Memory:
+    """Of each device; `peak_memory_in_bytes` has no temporaries on CPUs."""
+    stats: Any = step.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    )
+
+
+def smallest_accumulation(most: int, fits: Callable[[int], bool]) -> int | None:
+    """The smallest divisor of `most` that fits, in few questions; None: none does.
+
+    Args:
+      most: examples of a batch on each device.
+      fits: once one fits, so do all that are larger; but 1, which holds no second set
+        of gradients to add to, may fit where 2 does not.
+    """
+    if fits(1):
+        return 1
+    others = [a for a in range(2, most + 1) if most % a == 0]
+    found = bisect_left(others, True, key=fits)
+    return others[found] if found < len(others) else None
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of a tree with shardings; abstract leaves will do."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def cache_bytes(model: GPT2) -> int:
+    """Of the keys and values of one sequence of n_positions tokens, in `model.dtype`.
+
+    So it is on an accelerator; on a CPU they are float32.
+    """
+    cfg = model.cfg
+    cache = jax.eval_shape(lambda: KVCache.empty(cfg, 1, cfg.n_positions, model.dtype))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
+def usable_bytes(chip: Chip) -> int:
+    return int((1 - HEADROOM) * chip.memory)
+
+
+def render(plan: Plan) -> str:
+    """The plan as one screen of text, its verdict last."""
+    cfg, model, chip = plan.cfg, plan.model, plan.chip
+    N = plan.n_params - model.n_positions * model.n_embd
+    total_flops = plan.total_tokens * plan.flops_per_token
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    temporaries = plan.trials[cfg.accumulation].temporaries
+    return f"""\
+parameters         {plan.n_params:,}
+                   {N:,} = N without position embeddings
+FLOPs per token    {plan.flops_per_token:,} = 6N + 12LDT
+tokens per update  {plan.tokens_per_update:,}
+run                {cfg.steps:,} updates, {plan.total_tokens:,} tokens
+                   {total_flops:.3g} FLOPs
+devices            {plan.n_devices} x {chip.name}, mesh {mesh}, {cfg.dtype}
+                   each {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16
+                   {_bytes(chip.memory)} at {chip.bandwidth / 1e9:,.0f} GB/s
+
+At an assumed MFU of {plan.mfu:.0%}
+update             {_time(plan.seconds_per_update)}
+the optimizer's    {_time(plan.optimizer_seconds)} or more, by the memory's speed
+tokens per second  {plan.tokens_per_second:,.0f}
+whole run          {_time(cfg.steps * plan.seconds_per_update)}
+
+On each device
+parameters         {_bytes(plan.params_bytes)}
+gradients          {_bytes(plan.params_bytes)}
+optimizer state    {_bytes(plan.optimizer_bytes)}
+temporaries        {_bytes(temporaries)}, gradients among them, as given
+KV cache           {_bytes(plan.cache_bytes)} a sequence of {model.n_positions:,} tokens
+usable             {_bytes(plan.usable_bytes)}, {HEADROOM:.0%} are kept free
+
+accumulation  examples a device        peak
+{_table(plan)}
+
+Peaks are XLA:CPU's for this mesh. It writes out the scores of attention, which a
+fused attention does not; XLA:TPU took 0.74 to 1.14 times as much.
+{_verdict(plan)}"""
+
+
+def _table(plan: Plan) -> str:
+    lines = []
+    for accumulation, memory in plan.trials.items():
+        examples = plan.cfg.batch_size // accumulation // plan.batch_shards
+        said = "fits" if memory.peak <= plan.usable_bytes else "does not fit"
+        if accumulation == plan.cfg.accumulation:
+            said += ", as given"
+        lines.append(
+            f"{accumulation:12}  {examples:17}  {_bytes(memory.peak):>10}  {said}"
+        )
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    said = "fits as given" if plan.fits else "does not fit as given"
+    if plan.smallest is None:
+        return (
+            f"{said}, nor with one example a device: give more devices or shard the "
+            "state over them, --config.mesh.fsdp=-1"
+        )
+    said += f"; the smallest that fits: --config.accumulation={plan.smallest}"
+    if plan.chip.is_gpu and plan.trials[plan.smallest].peak > 0.75 * plan.chip.memory:
+        said += " and XLA_CLIENT_MEM_FRACTION=0.9, JAX takes 75% else"
+    return said
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 3600:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 3600:,.1f} hours"

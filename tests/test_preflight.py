@@ -1,0 +1,299 @@
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from gpt2_jax import preflight
+from gpt2_jax.chips import Chip, chip_named
+from gpt2_jax.model import GPT2, dtype_named
+from gpt2_jax.optim import make_optimizer
+from gpt2_jax.preflight import (
+    Memory,
+    Plan,
+    compile_step,
+    memory_of,
+    plan,
+    render,
+    smallest_accumulation,
+    vocab_size,
+)
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.tokenizer import ByteTokenizer
+from gpt2_jax.train import make_model, train
+from gpt2_jax.train_step import abstract_state, train_step
+from test_train import config
+
+ROOT = Path(__file__).parents[1]
+V, P, D, T, B = 64, 32, 32, 16, 64  # one layer
+TINY = {
+    "steps": 200,
+    "batch_size": B,
+    "block_size": T,
+    "model__vocab_size": V,
+    "model__n_positions": P,
+    "model__n_embd": D,
+    "model__n_layer": 1,
+    "model__n_head": 4,
+}
+MATRICES = 12 * D * D  # c_attn 3, c_proj 1, c_fc 4, c_proj 4
+VECTORS = 13 * D + 2 * D  # their biases 3, 1, 4, 1; two norms of 2; ln_f
+N_PARAMS = V * D + P * D + MATRICES + VECTORS
+
+
+def chip_of(usable: int) -> Chip:
+    """With so many bytes to use."""
+    total = math.ceil(usable / (1 - preflight.HEADROOM))
+    return Chip(("tiny",), ("Tiny",), 1e12, total, 1e9)
+
+
+BIG = chip_of(2**40)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once():
+    """Each program of these tests: they ask about the same few over and over."""
+    compiled = {}
+
+    def compile_once(cfg, model, optimizer, state, mesh):
+        key = repr((cfg, mesh.shape_tuple))
+        if key not in compiled:
+            compiled[key] = compile_step(cfg, model, optimizer, state, mesh)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "compile_step", compile_once)
+        yield
+
+
+def plan_of(data=-1, fsdp=1, tensor=1, *, chip=BIG, mfu=0.5, n=8, **values) -> Plan:
+    mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    return plan(config(**{**TINY, **mesh, **values}), chip, n, mfu)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "n_params"),
+    [
+        ((8, 1, 1), N_PARAMS),
+        ((1, 8, 1), (V * D + P * D + MATRICES) // 8 + VECTORS),
+        ((2, 2, 2), (V * D + MATRICES) // 4 + P * D // 2 + VECTORS),
+    ],
+)
+def test_bytes_on_each_device(mesh, n_params):
+    found = plan_of(*mesh)
+    assert found.n_params == N_PARAMS == 15_840
+    assert found.params_bytes == 4 * n_params
+    # AdamW's two moments, and some counters
+    assert 0 < found.optimizer_bytes - 2 * 4 * n_params <= 64
+    state = found.params_bytes + found.optimizer_bytes + 4  # and the step
+    batch = 4 * (T + 1) * B // found.batch_shards
+    memory = found.trials[1]
+    assert memory.arguments == state + batch
+    assert memory.temporaries > found.params_bytes  # the gradients, at least
+    # The state is donated. What does not take its place are metrics, pointers, and some
+    # vectors that XLA chooses to shard.
+    assert memory.outputs < 3 * 4 * VECTORS
+
+
+def test_the_peak_is_all_that_a_step_holds():
+    assert Memory(arguments=10, temporaries=5, outputs=1).peak == 16
+
+
+def test_the_peak_falls_with_fsdp():
+    """Of a short batch, beside which state and gradients count."""
+    short = {"batch_size": 8, "block_size": 2}
+    peaks = [plan_of(*mesh, **short).trials[1].peak for mesh in [(8, 1), (1, 8)]]
+    assert peaks[0] - peaks[1] > 0.5 * 16 * N_PARAMS
+
+
+def test_the_peak_grows_with_the_microbatch():
+    found = {a: plan_of(accumulation=a).trials[a] for a in (1, 2, 4, 8)}
+    peaks = [memory.peak for memory in found.values()]
+    assert peaks == sorted(set(peaks), reverse=True)
+    # From 2 to 4 activations halve, the two sets of gradients stay.
+    activations = [found[a].temporaries - 2 * 4 * N_PARAMS for a in (2, 4)]
+    assert activations[0] / activations[1] == pytest.approx(2, rel=0.1)
+
+
+def test_flops_time_and_speed_by_hand():
+    found = plan_of(chip=chip_named("v4"), mfu=0.25)
+    N = N_PARAMS - P * D
+    assert found.flops_per_token == 6 * N + 12 * 1 * D * T == 95_040
+    assert found.tokens_per_update == B * T
+    assert found.total_tokens == 200 * B * T
+    assert found.tokens_per_second == 0.25 * 8 * 275e12 / 95_040
+    assert found.seconds_per_update == pytest.approx(
+        B * T * 95_040 / (0.25 * 8 * 275e12), rel=1e-12
+    )
+    # Gradients are read; parameters and two moments, which have counters, also written.
+    assert found.optimizer_seconds == pytest.approx(28 * N_PARAMS / 1.2e12, rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_bytes_of_a_sequence_in_the_cache(dtype, size):
+    model = GPT2(plan_of().model, dtype=dtype_named(dtype))
+    assert preflight.cache_bytes(model) == 2 * P * D * size + 4  # and its length
+
+
+def test_the_program_is_that_of_the_training_loop(monkeypatch, tmp_path):
+    """Compiled here from shapes, there with the state that it then updates."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    cfg = config(
+        **{**TINY, "model__vocab_size": 320, "steps": 1, "accumulation": 2},
+        **{"dtype": "bfloat16", "mesh__data": 2, "mesh__fsdp": 4},
+        **{"data__tokenizer": "bytes", "data__vocab_size": 0, "data__path": str(text)},
+        **{"data__splits": (1.0, 0.0, 0.0), "optim__warmup_steps": 0},
+    )
+    jit, executed = jax.jit, []
+
+    def recording(function, *args, **kwargs):
+        jitted = jit(function, *args, **kwargs)
+        if getattr(function, "func", None) is not train_step:
+            return jitted
+
+        def call(*arguments):
+            compiled = jitted.lower(*arguments).compile()
+            executed.append(memory_of(compiled))
+            return compiled(*arguments)
+
+        return call
+
+    monkeypatch.setattr(jax, "jit", recording)
+    assert train(cfg, tmp_path / "run").step == 1
+    monkeypatch.undo()
+    model = make_model(cfg, ByteTokenizer())
+    optimizer, mesh = make_optimizer(cfg.optim, cfg.steps), make_mesh(2, 4, 1)
+    state = abstract_state(model, optimizer, mesh)
+    ahead = memory_of(compile_step(cfg, model, optimizer, state, mesh))
+    assert executed == [ahead]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 12, 64, 96])
+def test_the_smallest_accumulation_is_found_in_few_questions(most):
+    divisors = [a for a in range(1, most + 1) if most % a == 0]
+    for least in range(1, most + 2):
+        asked = []
+
+        def fits(a, least=least, asked=asked):
+            asked.append(a)
+            return a >= least
+
+        expected = next((a for a in divisors if a >= least), None)
+        assert smallest_accumulation(most, fits) == expected
+        assert len(asked) == len(set(asked)) <= 1 + math.ceil(math.log2(len(divisors)))
+    # one microbatch holds no second set of gradients
+    assert smallest_accumulation(most, lambda a: a in (1, most)) == 1
+
+
+def test_the_smallest_accumulation_that_fits_is_smallest():
+    peaks = {a: plan_of(accumulation=a).trials[a].peak for a in (1, 2, 4, 8)}
+    for usable in (*peaks.values(), *(peak - 1 for peak in peaks.values())):
+        found = plan_of(chip=chip_of(usable), accumulation=2)
+        fitting = [a for a, peak in peaks.items() if peak <= found.usable_bytes]
+        assert found.smallest == min(fitting, default=None)
+        assert found.fits == (2 in fitting)
+        assert {a: memory.peak for a, memory in found.trials.items()}.items() <= (
+            peaks.items()
+        )
+
+
+def test_the_text_says_what_fits_and_the_flag_to_give():
+    peak = plan_of(accumulation=2).trials[2].peak
+    text = render(plan_of(chip=chip_of(peak)))
+    assert re.search(r"^ +1 +8 .* does not fit, as given$", text, re.M)
+    assert re.search(r"^ +2 +4 .* fits$", text, re.M)
+    verdict = text.splitlines()[-1]
+    assert verdict.startswith("does not fit as given;")
+    assert verdict.endswith("--config.accumulation=2")
+    assert all(len(line) <= 88 for line in text.splitlines())
+    nothing = render(plan_of(chip=chip_of(2**10))).splitlines()[-1]
+    assert "nor with one example a device" in nothing
+    assert "--config.mesh.fsdp=-1" in nothing
+
+
+def test_a_gpu_that_is_nearly_filled_needs_more_than_jax_takes():
+    found = plan_of()
+    gpu = Chip(("gpu",), ("NVIDIA X",), 1e12, int(found.trials[1].peak / 0.8), 1e9)
+    assert "XLA_CLIENT_MEM_FRACTION=0.9" in render(plan_of(chip=gpu))
+    assert "MEM_FRACTION" not in render(found)
+    assert "MEM_FRACTION" not in render(plan_of(chip=chip_named("h100")))
+
+
+def test_a_vocabulary_that_is_known_ahead_of_time():
+    assert vocab_size(config(model__vocab_size=99)) == 99
+    assert vocab_size(config(data__vocab_size=4096)) == 4096
+    assert vocab_size(config(data__tokenizer="bytes")) == 257
+    for values in [
+        {"data__tokenizer": "char"},
+        {"data__tokenizer": "folder/of/gpt2"},
+        {"data__vocab_size": 0},
+    ]:
+        with pytest.raises(ValueError, match=r"tokenizer='.*set model\.vocab_size"):
+            vocab_size(config(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": 3}, "mesh data=3, fsdp=1, tensor=1 does not fit the 8 devices"),
+        ({"fsdp": 8, "model__n_embd": 36}, "a dimension of 36, which mesh axis fsdp=8"),
+        ({"data": 1, "tensor": 8}, "a dimension of 4, which mesh axis tensor=8"),
+        ({"batch_size": 12}, "12 examples does not divide by the 8 devices"),
+        ({"accumulation": 16}, "4 examples does not divide by the 8 devices"),
+        ({"n": 9}, "n_devices=9 exceeds the 8 CPU devices"),
+        ({"mfu": 0.0}, r"mfu=0.0 must be in \(0, 1\]"),
+        ({"mfu": 40.0}, r"mfu=40.0 must be in \(0, 1\]"),
+    ],
+)
+def test_what_can_not_be_planned_is_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(**values)
+
+
+def script(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "scripts/preflight.py", *flags],
+        capture_output=True,
+        text=True,
+        # The script makes its own devices, whatever else is asked for.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cuda"},
+        check=False,
+    )
+
+
+def test_the_script_plans_for_devices_that_are_not_there():
+    done = script(
+        f"--config={ROOT}/configs/quickstart.py",
+        *("--chip=v4", "--n_devices=16", "--mfu=0.5", "--config.mesh.tensor=4"),
+        *("--config.model.n_embd=32", "--config.model.n_layer=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    # 2048 + 128 positions, 12 D^2 + 13 D a layer, ln_f: D = 32
+    assert re.search(r"^parameters +82,400$", done.stdout, re.M)
+    assert re.search(
+        r"^devices +16 x v4, mesh data=4 fsdp=1 tensor=4", done.stdout, re.M
+    )
+    assert "At an assumed MFU of 50%" in done.stdout
+    assert (
+        "fits as given; the smallest that fits: --config.accumulation=1" in done.stdout
+    )
+    assert done.stderr == "compiling with accumulation=1\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--chip=h1000", "chip 'h1000' is not one of v3, v4, "),
+        ("--n_devices=0", "n_devices=0 must be >= 1"),
+    ],
+)
+def test_the_script_refuses_bad_flags_in_one_line(flag, message):
+    done = script(f"--config={ROOT}/configs/quickstart.py", flag)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
