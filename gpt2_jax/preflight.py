@@ -17,7 +17,6 @@ import dataclasses
 import math
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,12 +28,11 @@ from gpt2_jax import metrics, sharding
 from gpt2_jax.cache import KVCache
 from gpt2_jax.chips import Chip
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.evaluate import check_batch
 from gpt2_jax.model import GPT2, count_params
 from gpt2_jax.optim import make_optimizer
 from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
-from gpt2_jax.train import TrainConfig, make_model
-from gpt2_jax.train_step import TrainState, abstract_state, train_step
+from gpt2_jax.train import TrainConfig, jit_step, make_model
+from gpt2_jax.train_step import TrainState, abstract_state
 
 HEADROOM = 0.15  # share of a chip's memory that is kept free
 
@@ -65,8 +63,9 @@ class Plan:
     params_bytes: int  # and of the gradients
     optimizer_bytes: int
     cache_bytes: int  # of a sequence as long as the context
-    trials: dict[int, Memory]  # of the accumulations that were compiled, ascending
-    smallest: int | None  # accumulation that fits; None: none does
+    given: int  # microbatches that the config's batch is cut into
+    trials: dict[int, Memory]  # by their number, ascending: what was compiled
+    smallest: int | None  # number of them that fits; None: none does
 
     @property
     def n_devices(self) -> int:
@@ -76,6 +75,10 @@ class Plan:
     def batch_shards(self) -> int:
         return math.prod(self.mesh[axis] for axis in sharding.BATCH)
 
+    def device_batch_size(self, microbatches: int) -> int:
+        """Examples on a device at a time."""
+        return self.cfg.batch_size // microbatches // self.batch_shards
+
     @property
     def usable_bytes(self) -> int:
         """Of the chip's memory, without what is kept free."""
@@ -83,8 +86,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """With the accumulation that the config gives."""
-        return self.trials[self.cfg.accumulation].peak <= self.usable_bytes
+        """As the config gives it."""
+        return self.trials[self.given].peak <= self.usable_bytes
 
     @property
     def flops_per_token(self) -> int:
@@ -130,7 +133,7 @@ def plan(
     *,
     progress: Callable[[str], object] = lambda line: None,
 ) -> Plan:
-    """Compiles the step as given, and until the smallest accumulation is known.
+    """Compiles the step as given, and until the fewest microbatches are known.
 
     Args:
       cfg: the run.
@@ -148,24 +151,29 @@ def plan(
     if len(devices) < n_devices:
         raise ValueError(f"{n_devices=} exceeds the {len(devices)} CPU devices here")
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh), devices=devices)
-    check_batch(cfg.microbatch, mesh)
-    model = make_model(cfg, NoTokenizer(vocab_size(cfg), 0, "a plan needs none"))
+    given = cfg.microbatches(cfg.batch_size, mesh)
+    tokenizer = NoTokenizer(vocab_size(cfg), 0, "a plan needs none")
+    model = make_model(dataclasses.replace(cfg, attention="auto"), tokenizer, mesh)
     model = model.clone(scan_layers=True)  # as on accelerators
     optimizer = make_optimizer(cfg.optim, cfg.steps)
     state = abstract_state(model, optimizer, mesh)
     trials: dict[int, Memory] = {}
 
-    def fits(accumulation: int) -> bool:
-        if accumulation not in trials:
-            progress(f"compiling with accumulation={accumulation}")
-            trial = dataclasses.replace(cfg, accumulation=accumulation)
-            step = compile_step(trial, model, optimizer, state, mesh)
-            trials[accumulation] = memory_of(step)
-        return trials[accumulation].peak <= usable_bytes(chip)
-
-    fits(cfg.accumulation)
     most = cfg.batch_size // sharding.n_batch_shards(mesh)
-    smallest = smallest_accumulation(most, fits)
+
+    def fits(microbatches: int) -> bool:
+        if microbatches not in trials:
+            each = most // microbatches
+            progress(f"compiling with device_batch_size={each}")
+            trial = dataclasses.replace(cfg, device_batch_size=each)
+            step = compile_step(
+                trial, model, optimizer, state, mesh, tokenizer.vocab_size
+            )
+            trials[microbatches] = memory_of(step)
+        return trials[microbatches].peak <= usable_bytes(chip)
+
+    fits(given)
+    smallest = fewest(most, fits)
     return Plan(
         cfg=cfg,
         model=model.cfg,
@@ -176,6 +184,7 @@ def plan(
         params_bytes=bytes_per_device(state.params),
         optimizer_bytes=bytes_per_device(state.opt_state),
         cache_bytes=cache_bytes(model),
+        given=given,
         trials=dict(sorted(trials.items())),
         smallest=smallest,
     )
@@ -205,14 +214,13 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     mesh: Mesh,
+    n_valid: int,
 ) -> jax.stages.Compiled:
-    """The train step of a run, for a state that is donated; abstract leaves will do."""
-    step = jax.jit(
-        partial(train_step, model=model, optimizer=optimizer, seed=cfg.seed),
-        donate_argnums=0,
-    )
+    """The train step of a run, for a state of abstract leaves."""
+    step = jit_step(cfg, model, optimizer, state, mesh, n_valid)
+    microbatches = cfg.microbatches(cfg.batch_size, mesh)
     tokens_ABT = jax.ShapeDtypeStruct(
-        (cfg.accumulation, cfg.microbatch, cfg.block_size + 1),
+        (microbatches, cfg.batch_size // microbatches, cfg.block_size + 1),
         jnp.int32,
         sharding=sharding.batch_sharding(mesh, ndim=3, axis=1),
     )
@@ -232,7 +240,7 @@ def memory_of(step: jax.stages.Compiled) -> Memory:
     )
 
 
-def smallest_accumulation(most: int, fits: Callable[[int], bool]) -> int | None:
+def fewest(most: int, fits: Callable[[int], bool]) -> int | None:
     """The smallest divisor of `most` that fits, in few questions; None: none does.
 
     Args:
@@ -275,7 +283,7 @@ def render(plan: Plan) -> str:
     N = plan.n_params - model.n_positions * model.n_embd
     total_flops = plan.total_tokens * plan.flops_per_token
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    temporaries = plan.trials[cfg.accumulation].temporaries
+    temporaries = plan.trials[plan.given].temporaries
     return f"""\
 parameters         {plan.n_params:,}
                    {N:,} = N without position embeddings
@@ -301,7 +309,7 @@ temporaries        {_bytes(temporaries)}, gradients among them, as given
 KV cache           {_bytes(plan.cache_bytes)} a sequence of {model.n_positions:,} tokens
 usable             {_bytes(plan.usable_bytes)}, {HEADROOM:.0%} are kept free
 
-accumulation  examples a device        peak
+microbatches  examples a device        peak
 {_table(plan)}
 
 Peaks are XLA:CPU's for this mesh. It writes out the scores of attention, which a
@@ -311,13 +319,13 @@ fused attention does not; XLA:TPU took 0.74 to 1.14 times as much.
 
 def _table(plan: Plan) -> str:
     lines = []
-    for accumulation, memory in plan.trials.items():
-        examples = plan.cfg.batch_size // accumulation // plan.batch_shards
+    for microbatches, memory in plan.trials.items():
+        examples = plan.device_batch_size(microbatches)
         said = "fits" if memory.peak <= plan.usable_bytes else "does not fit"
-        if accumulation == plan.cfg.accumulation:
+        if microbatches == plan.given:
             said += ", as given"
         lines.append(
-            f"{accumulation:12}  {examples:17}  {_bytes(memory.peak):>10}  {said}"
+            f"{microbatches:12}  {examples:17}  {_bytes(memory.peak):>10}  {said}"
         )
     return "\n".join(lines)
 
@@ -329,7 +337,8 @@ def _verdict(plan: Plan) -> str:
             f"{said}, nor with one example a device: give more devices or shard the "
             "state over them, --config.mesh.fsdp=-1"
         )
-    said += f"; the smallest that fits: --config.accumulation={plan.smallest}"
+    examples = plan.device_batch_size(plan.smallest)
+    said += f"; the largest that fits: --config.device_batch_size={examples}"
     if plan.chip.is_gpu and plan.trials[plan.smallest].peak > 0.75 * plan.chip.memory:
         said += " and XLA_CLIENT_MEM_FRACTION=0.9, JAX takes 75% else"
     return said

@@ -372,20 +372,7 @@ class _Run:
         cfg = self.cfg
         start = int(state.step)
         self._open(state, start)
-        step_fn = jax.jit(
-            partial(
-                train_step,
-                model=self.model,
-                optimizer=optimizer,
-                seed=cfg.seed,
-                n_valid=self.n_valid,
-            ),
-            donate_argnums=0,
-            out_shardings=(
-                jax.tree.map(lambda x: x.sharding, state),
-                sharding.replicated(self.mesh),
-            ),
-        )
+        step_fn = jit_step(cfg, self.model, optimizer, state, self.mesh, self.n_valid)
         try:
             if start == 0:
                 self._evaluate(state, 0)
@@ -615,6 +602,36 @@ def global_batch(
     shape = (*number_AB.shape, cfg.block_size + 1)
     spread = sharding.batch_sharding(mesh, ndim=3, axis=1)
     return jax.make_array_from_callback(shape, spread, read)
+
+
+def jit_step(
+    cfg: TrainConfig,
+    model: GPT2,
+    optimizer: Any,
+    state: TrainState,
+    mesh: Mesh,
+    n_valid: int,
+) -> Any:
+    """The train step, jitted: (state, tokens) -> (state, metrics); donates the state.
+
+    Args:
+      state: for its shardings, which stay what they are; abstract leaves will do.
+      n_valid: the size of the vocabulary without its padding.
+    """
+    return jax.jit(
+        partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            seed=cfg.seed,
+            n_valid=n_valid,
+        ),
+        donate_argnums=0,
+        out_shardings=(
+            jax.tree.map(lambda x: x.sharding, state),
+            sharding.replicated(mesh),
+        ),
+    )
 
 
 class StopSignals:

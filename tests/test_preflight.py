@@ -16,10 +16,10 @@ from gpt2_jax.preflight import (
     Memory,
     Plan,
     compile_step,
+    fewest,
     memory_of,
     plan,
     render,
-    smallest_accumulation,
     vocab_size,
 )
 from gpt2_jax.sharding import make_mesh
@@ -59,10 +59,10 @@ def _compile_once():
     """Each program of these tests: they ask about the same few over and over."""
     compiled = {}
 
-    def compile_once(cfg, model, optimizer, state, mesh):
+    def compile_once(cfg, model, optimizer, state, mesh, n_valid):
         key = repr((cfg, mesh.shape_tuple))
         if key not in compiled:
-            compiled[key] = compile_step(cfg, model, optimizer, state, mesh)
+            compiled[key] = compile_step(cfg, model, optimizer, state, mesh, n_valid)
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -70,8 +70,13 @@ def _compile_once():
         yield
 
 
-def plan_of(data=-1, fsdp=1, tensor=1, *, chip=BIG, mfu=0.5, n=8, **values) -> Plan:
+def plan_of(
+    data=-1, fsdp=1, tensor=1, *, chip=BIG, mfu=0.5, n=8, cut=1, **values
+) -> Plan:
+    """With the batch cut into so many microbatches."""
     mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    if cut > 1:
+        values["device_batch_size"] = B // 8 // cut
     return plan(config(**{**TINY, **mesh, **values}), chip, n, mfu)
 
 
@@ -111,7 +116,7 @@ def test_the_peak_falls_with_fsdp():
 
 
 def test_the_peak_grows_with_the_microbatch():
-    found = {a: plan_of(accumulation=a).trials[a] for a in (1, 2, 4, 8)}
+    found = {a: plan_of(cut=a).trials[a] for a in (1, 2, 4, 8)}
     peaks = [memory.peak for memory in found.values()]
     assert peaks == sorted(set(peaks), reverse=True)
     # From 2 to 4 activations halve, the two sets of gradients stay.
@@ -144,7 +149,7 @@ def test_the_program_is_that_of_the_training_loop(monkeypatch, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 100)
     cfg = config(
-        **{**TINY, "model__vocab_size": 320, "steps": 1, "accumulation": 2},
+        **{**TINY, "model__vocab_size": 320, "steps": 1, "device_batch_size": 4},
         **{"dtype": "bfloat16", "mesh__data": 2, "mesh__fsdp": 4},
         **{"data__tokenizer": "bytes", "data__vocab_size": 0, "data__path": str(text)},
         **{"data__splits": (1.0, 0.0, 0.0), "optim__warmup_steps": 0},
@@ -166,10 +171,11 @@ def test_the_program_is_that_of_the_training_loop(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "jit", recording)
     assert train(cfg, tmp_path / "run").step == 1
     monkeypatch.undo()
-    model = make_model(cfg, ByteTokenizer())
-    optimizer, mesh = make_optimizer(cfg.optim, cfg.steps), make_mesh(2, 4, 1)
+    mesh = make_mesh(2, 4, 1)
+    model = make_model(cfg, ByteTokenizer(), mesh)
+    optimizer = make_optimizer(cfg.optim, cfg.steps)
     state = abstract_state(model, optimizer, mesh)
-    ahead = memory_of(compile_step(cfg, model, optimizer, state, mesh))
+    ahead = memory_of(compile_step(cfg, model, optimizer, state, mesh, 257))
     assert executed == [ahead]
 
 
@@ -184,16 +190,16 @@ def test_the_smallest_accumulation_is_found_in_few_questions(most):
             return a >= least
 
         expected = next((a for a in divisors if a >= least), None)
-        assert smallest_accumulation(most, fits) == expected
+        assert fewest(most, fits) == expected
         assert len(asked) == len(set(asked)) <= 1 + math.ceil(math.log2(len(divisors)))
     # one microbatch holds no second set of gradients
-    assert smallest_accumulation(most, lambda a: a in (1, most)) == 1
+    assert fewest(most, lambda a: a in (1, most)) == 1
 
 
 def test_the_smallest_accumulation_that_fits_is_smallest():
-    peaks = {a: plan_of(accumulation=a).trials[a].peak for a in (1, 2, 4, 8)}
+    peaks = {a: plan_of(cut=a).trials[a].peak for a in (1, 2, 4, 8)}
     for usable in (*peaks.values(), *(peak - 1 for peak in peaks.values())):
-        found = plan_of(chip=chip_of(usable), accumulation=2)
+        found = plan_of(chip=chip_of(usable), cut=2)
         fitting = [a for a, peak in peaks.items() if peak <= found.usable_bytes]
         assert found.smallest == min(fitting, default=None)
         assert found.fits == (2 in fitting)
@@ -203,13 +209,13 @@ def test_the_smallest_accumulation_that_fits_is_smallest():
 
 
 def test_the_text_says_what_fits_and_the_flag_to_give():
-    peak = plan_of(accumulation=2).trials[2].peak
+    peak = plan_of(cut=2).trials[2].peak
     text = render(plan_of(chip=chip_of(peak)))
     assert re.search(r"^ +1 +8 .* does not fit, as given$", text, re.M)
     assert re.search(r"^ +2 +4 .* fits$", text, re.M)
     verdict = text.splitlines()[-1]
     assert verdict.startswith("does not fit as given;")
-    assert verdict.endswith("--config.accumulation=2")
+    assert verdict.endswith("--config.device_batch_size=4")
     assert all(len(line) <= 88 for line in text.splitlines())
     nothing = render(plan_of(chip=chip_of(2**10))).splitlines()[-1]
     assert "nor with one example a device" in nothing
@@ -244,7 +250,6 @@ def test_a_vocabulary_that_is_known_ahead_of_time():
         ({"fsdp": 8, "model__n_embd": 36}, "a dimension of 36, which mesh axis fsdp=8"),
         ({"data": 1, "tensor": 8}, "a dimension of 4, which mesh axis tensor=8"),
         ({"batch_size": 12}, "12 examples does not divide by the 8 devices"),
-        ({"accumulation": 16}, "4 examples does not divide by the 8 devices"),
         ({"n": 9}, "n_devices=9 exceeds the 8 CPU devices"),
         ({"mfu": 0.0}, r"mfu=0.0 must be in \(0, 1\]"),
         ({"mfu": 40.0}, r"mfu=40.0 must be in \(0, 1\]"),
@@ -280,9 +285,10 @@ def test_the_script_plans_for_devices_that_are_not_there():
     )
     assert "At an assumed MFU of 50%" in done.stdout
     assert (
-        "fits as given; the smallest that fits: --config.accumulation=1" in done.stdout
+        "fits as given; the largest that fits: --config.device_batch_size=4"
+        in done.stdout
     )
-    assert done.stderr == "compiling with accumulation=1\n"
+    assert done.stderr == "compiling with device_batch_size=4\n"
 
 
 @pytest.mark.parametrize(
