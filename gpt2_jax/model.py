@@ -42,6 +42,7 @@ from gpt2_jax.attention import (
 )
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.sharding import BATCH, constrain
 
 Params = dict[str, Any]
 
@@ -211,6 +212,7 @@ class TokenEmbedding(nn.Module):
     cfg: GPT2Config
     dtype: Any
     param_dtype: Any
+    mesh: Mesh | None
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -222,7 +224,8 @@ class TokenEmbedding(nn.Module):
             self.scale = self.param("scale", nn.initializers.ones, (cfg.vocab_size,))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = jnp.take(self.embedding, tokens, axis=0)
+        table_VD = constrain(self.embedding, self.mesh, "tensor", None)
+        x = jnp.take(table_VD, tokens, axis=0)
         if self.is_int8:
             x = x * jnp.take(self.scale, tokens)[..., None]
         return x.astype(self.dtype)
@@ -373,7 +376,7 @@ class GPT2(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.wte = TokenEmbedding(cfg, self.dtype, self.param_dtype)
+        self.wte = TokenEmbedding(cfg, self.dtype, self.param_dtype, self.mesh)
         self.wpe = nn.Embed(
             cfg.n_positions,
             cfg.n_embd,
@@ -428,6 +431,7 @@ class GPT2(nn.Module):
         fold = lambda i: None if key is None else jax.random.fold_in(key, i)  # noqa: E731
 
         x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
+        x_BTD = constrain(x_BTD, self.mesh, BATCH)
         x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
         apart = self.scan_layers or self.remat != "none"
         if apart and cache is None and not self.is_initializing():

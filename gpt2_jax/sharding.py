@@ -131,6 +131,16 @@ def batch_sharding(mesh: Mesh, ndim: int, axis: int) -> NamedSharding:
     return NamedSharding(mesh, P(*(BATCH if i == axis else None for i in range(ndim))))
 
 
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: Any) -> jax.Array:
+    """`x`, laid over the mesh by one entry an axis as in a PartitionSpec; None: left.
+
+    For where XLA would choose to move more than it has to.
+    """
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+
+
 def row_shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings of what decoding holds: rows lie along the first axis of each leaf.
 
