@@ -1,105 +1,236 @@
-"""Time of a training step in the character setting, beside nanoGPT's eager loop.
+"""Time of a training step beside nanoGPT's, eager and compiled.
 
 python benchmarks/train_step.py
 python benchmarks/train_step.py --nanogpt=FOLDER --torch=PYTHON --rounds=5
+python benchmarks/train_step.py --nanogpt=FOLDER --torch=PYTHON --only=char
+python benchmarks/train_step.py --nanogpt=FOLDER --torch=PYTHON --gpu
 
-FOLDER holds nanoGPT's model.py, PYTHON is an interpreter that has torch. Both train
-configs/shakespeare_char.py's model in float32 on random characters, in a process a
-round, in turn: ours by scripts/train.py, whose own metrics give the time (each the
-mean of ten steps); nanoGPT by the loop below. A round is the median after warm-up; a
-step draws the batch, updates, and fetches the loss.
+FOLDER holds nanoGPT's model.py, PYTHON is an interpreter that has torch. A round starts
+a process a contestant, in turn, on random characters: ours by scripts/train.py, whose
+own metrics give the time, and nanoGPT's model in the loop below. Time is the median of
+steps after warm-up; a step draws the batch, updates, and fetches the loss. A ratio is
+our time over the better one of theirs in that round.
+
+On CPUs all is float32, in nanoGPT's character setting and as GPT-2 124M. With --gpu it
+is bfloat16, GPT-2 at T = 1024, and of each contestant the best of the batches, doubled
+until one does not fit, is compared; MFU is (6N + 12LDT) tokens/s over the speed of an
+8192 x 8192 product measured there.
 """
 
 import json
 import random
+import re
 import statistics
 import string
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes of each kind, in turn.")
-_STEPS = flags.DEFINE_integer("steps", 300, "Steps of a process.")
+_ONLY = flags.DEFINE_string("only", "", "Settings that match this regex.")
 _NANOGPT = flags.DEFINE_string("nanogpt", None, "Folder of nanoGPT's model.py.")
 _TORCH = flags.DEFINE_string("torch", sys.executable, "A Python that has torch.")
+_GPU = flags.DEFINE_bool("gpu", False, "In bfloat16 on a GPU, the largest batches.")
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 50  # steps
-ALPHABET = string.ascii_letters + string.digits + " .\n"
+ALPHABET = string.ascii_letters + string.digits + " .\n"  # and an end of text
+
+
+class Setting(NamedTuple):
+    name: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    n_positions: int
+    batch_size: int
+    block_size: int
+    steps: int
+    bias: bool = True
+    remat: str = "none"
+
+    @property
+    def warm_up(self) -> int:
+        return self.steps // 3
+
+
+GPT2 = (12, 12, 768, 50257, 1024)
+SETTINGS = [
+    Setting("char, 12 x 64", 4, 4, 128, 66, 64, 12, 64, 300, bias=False),
+    Setting("124M, 1 x 512", *GPT2, 1, 512, 9),
+    Setting("124M, 4 x 64", *GPT2, 4, 64, 12),
+]
+GPU_SETTINGS = [
+    Setting("124M", 12, 12, 768, 50304, 1024, 8, 1024, 30),
+    Setting("355M", 24, 16, 1024, 50304, 1024, 4, 1024, 20),
+    Setting("1558M", 48, 25, 1600, 50304, 1024, 1, 1024, 12, remat="block"),
+]
 
 NANOGPT = """
 import json, statistics, sys, time
 import numpy as np, torch
-sys.path.insert(0, sys.argv[1])
+folder, how, gpu, s = sys.argv[1], sys.argv[2], sys.argv[3] == "True", json.loads(
+    sys.argv[4])
+sys.path.insert(0, folder)
 from model import GPT, GPTConfig
 
+device = "cuda" if gpu else "cpu"
+torch.set_float32_matmul_precision("high" if gpu else "highest")
 data = np.random.default_rng(0).integers(0, 65, 900_000).astype(np.uint16)
 torch.manual_seed(0)
-sizes = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)
-model = GPT(GPTConfig(**sizes, bias=False, dropout=0.0))
-optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+sizes = {k: s[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")}
+model = GPT(GPTConfig(**sizes, block_size=s["n_positions"], dropout=0.0)).to(device)
+optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
+if how == "compiled":
+    model = torch.compile(model)
+B, T = s["batch_size"], s["block_size"]
+half = torch.autocast(device, torch.bfloat16, enabled=gpu)
 
 def batch():
-    starts = torch.randint(len(data) - 64, (12,))
-    x = torch.stack([torch.from_numpy(data[i : i + 65].astype(int)) for i in starts])
+    starts = torch.randint(len(data) - T, (B,))
+    x = torch.stack([torch.from_numpy(data[i : i + T + 1].astype(int)) for i in starts])
+    x = x.to(device)
     return x[:, :-1], x[:, 1:].contiguous()
 
 seconds = []
-for step in range(int(sys.argv[2])):
+for step in range(s["steps"]):
     start = time.perf_counter()
-    _, loss = model(*batch())
+    with half:
+        _, loss = model(*batch())
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     loss.item()
     seconds.append(time.perf_counter() - start)
-print(json.dumps({"ms": 1e3 * statistics.median(seconds[int(sys.argv[3]):])}))
+print(json.dumps(1e3 * statistics.median(seconds[s["steps"] // 3:])))
+"""
+
+PEAK = """
+import jax, jax.numpy as jnp, time
+x = jnp.ones((8192, 8192), jnp.bfloat16)
+f = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.bfloat16))
+f(x).block_until_ready()
+best = 1e9
+for _ in range(20):
+    start = time.perf_counter()
+    f(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+print(2 * 8192**3 / best)
 """
 
 
-def ours(text: Path, steps: int) -> float:
+def run(command: list[str]) -> str | None:
+    """What it prints, or None when it fails, with the last line of why."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.splitlines() or ["no message"])[-1][:150]
+        print(f"  {Path(command[0]).name} failed: {why}", flush=True)
+        return None
+    return done.stdout
+
+
+def ours(text: Path, s: Setting, how: str) -> float | None:
     """Milliseconds of a step in a fresh run."""
     with tempfile.TemporaryDirectory() as workdir:
+        model = {
+            name: getattr(s, name)
+            for name in ("n_layer", "n_head", "n_embd", "n_positions", "bias")
+        }
+        model["vocab_size"] = s.vocab_size
+        dtype = "bfloat16" if _GPU.value else "float32"
         command = [
-            *(sys.executable, ROOT / "scripts/train.py"),
+            *(sys.executable, str(ROOT / "scripts/train.py")),
             f"--config={ROOT}/configs/shakespeare_char.py",
             *(f"--workdir={workdir}", f"--config.data.path={text}"),
-            *(f"--config.steps={steps}", f"--config.eval.every={steps}"),
-            f"--config.checkpoint.every={steps}",
+            "--config.data.splits=(1.0, 0.0, 0.0)",
+            *(f"--config.model.{name}={value}" for name, value in model.items()),
+            *(f"--config.batch_size={s.batch_size}", f"--config.dtype={dtype}"),
+            *(f"--config.block_size={s.block_size}", f"--config.remat={s.remat}"),
+            *(f"--config.steps={s.steps}", f"--config.checkpoint.every={s.steps}"),
+            *(f"--config.eval.every={s.steps}", "--config.log_every=1"),
+            "--config.optim.warmup_steps=2",
         ]
-        subprocess.run(command, check=True, capture_output=True)
+        if run(command) is None:
+            return None
         lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    timed = [r for r in records if "step_seconds" in r and r["step"] > WARM_UP]
+    timed = [r for r in records if "step_seconds" in r and r["step"] > s.warm_up]
     return 1e3 * statistics.median(r["step_seconds"] for r in timed)
 
 
-def nanogpt(python: str, folder: str, steps: int) -> float:
-    command = [python, "-c", NANOGPT, folder, str(steps), str(WARM_UP)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(out.splitlines()[-1])["ms"]
+def nanogpt(text: Path, s: Setting, how: str) -> float | None:
+    words = [_NANOGPT.value, how, str(_GPU.value), json.dumps(s._asdict())]
+    out = run([_TORCH.value, "-c", NANOGPT, *words])
+    return None if out is None else json.loads(out.splitlines()[-1])
+
+
+def contestants() -> dict[str, tuple]:
+    mine = {"ours": (ours, "")}
+    if not _NANOGPT.value:
+        return mine
+    theirs = {"nanoGPT compiled": (nanogpt, "compiled")}
+    if not _GPU.value:
+        theirs["nanoGPT eager"] = (nanogpt, "eager")
+    return mine | theirs
+
+
+def largest(time_of, text: Path, s: Setting, how: str) -> tuple[float, int]:
+    """Best tokens a second, and its batch: doubled until it doesn't fit."""
+    best = (0.0, 0)
+    while (ms := time_of(text, s, how)) is not None:
+        best = max(best, (1e3 * s.batch_size * s.block_size / ms, s.batch_size))
+        s = s._replace(batch_size=2 * s.batch_size)
+    return best
+
+
+def on_gpu(text: Path, settings: list[Setting]) -> None:
+    peak = float(str(run([sys.executable, "-c", PEAK])).splitlines()[-1])
+    print(f"peak of a product here: {peak / 1e12:.0f} TFLOP/s in bfloat16")
+    for s in settings:
+        n_params = s.vocab_size * s.n_embd + s.n_layer * 12 * s.n_embd**2
+        flops = 6 * n_params + 12 * s.n_layer * s.n_embd * s.block_size
+        for round_ in range(1, _ROUNDS.value + 1):
+            for name, (time_of, how) in contestants().items():
+                rate, batch = largest(time_of, text, s, how)
+                print(
+                    f"{s.name}, round {round_}: {name} {rate:,.0f} tokens/s with "
+                    f"{batch} x {s.block_size}, MFU {rate * flops / peak:.1%}",
+                    flush=True,
+                )
+
+
+def on_cpu(text: Path, settings: list[Setting]) -> None:
+    for s in settings:
+        ratios = []
+        for round_ in range(1, _ROUNDS.value + 1):
+            times = {
+                name: time_of(text, s, how)
+                for name, (time_of, how) in contestants().items()
+            }
+            said = [f"{k} {ms:.1f} ms" for k, ms in times.items() if ms is not None]
+            mine, *theirs = times.values()
+            theirs = [ms for ms in theirs if ms is not None]
+            if mine is not None and theirs:
+                ratios.append(mine / min(theirs))
+                said.append(f"ratio {ratios[-1]:.2f}")
+            print(f"{s.name}, round {round_}: {', '.join(said)}", flush=True)
+        if ratios:
+            print(f"{s.name}: median ratio {statistics.median(ratios):.2f}", flush=True)
 
 
 def main(_: list[str]) -> None:
     rng = random.Random(0)
-    ratios = []
+    settings = GPU_SETTINGS if _GPU.value else SETTINGS
+    settings = [s for s in settings if re.search(_ONLY.value, s.name)]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(rng.choices(ALPHABET, k=1_000_000)))
         file.flush()
-        for round_ in range(1, _ROUNDS.value + 1):
-            mine = ours(Path(file.name), _STEPS.value)
-            line = f"round {round_}: ours {mine:.1f} ms"
-            if _NANOGPT.value:
-                theirs = nanogpt(_TORCH.value, _NANOGPT.value, _STEPS.value)
-                ratios.append(mine / theirs)
-                line += f", nanoGPT {theirs:.1f} ms, ratio {ratios[-1]:.2f}"
-            print(line, flush=True)
-    if ratios:
-        print(f"median ratio {statistics.median(ratios):.2f}")
+        (on_gpu if _GPU.value else on_cpu)(Path(file.name), settings)
 
 
 if __name__ == "__main__":
