@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -150,12 +150,49 @@ def decay_mask(params: Params) -> Params:
     return jax.tree.map(lambda x: x.ndim >= 2, params)
 
 
-def make_optimizer(
-    cfg: OptimConfig, steps: int
-) -> optax.GradientTransformationExtraArgs:
+class LossStatistics(NamedTuple):
+    """Of the losses whose updates weren't skipped."""
+
+    seen: jax.Array  # int32, how many
+    mean: jax.Array  # exponentially weighted over about LOSS_WINDOW losses
+    variance: jax.Array
+
+    def add(self, loss: jax.Array) -> "LossStatistics":
+        """Each loss weighs the same until there are LOSS_WINDOW of them."""
+        seen = self.seen + 1
+        weight = 1 / jnp.minimum(seen, LOSS_WINDOW)
+        delta = loss - self.mean
+        variance = (1 - weight) * (self.variance + weight * delta**2)
+        return LossStatistics(seen, self.mean + weight * delta, variance)
+
+    def is_spike(self, loss: jax.Array, max_z: float) -> jax.Array:
+        """Whether it lies more than `max_z` deviations above a mean that is known."""
+        limit = self.mean + max_z * jnp.sqrt(self.variance)
+        return (self.seen >= LOSS_WINDOW) & (loss > limit)
+
+
+class GuardState(NamedTuple):
+    inner: Any
+    skipped: jax.Array  # int32, updates in all
+    skipped_in_row: jax.Array  # int32, the latest ones
+    losses: LossStatistics
+
+
+class Optimizer(NamedTuple):
+    """`init(params) -> state`, and `apply`.
+
+    `apply(grads, state, params, loss) -> params, state, grad_norm`, the global norm
+    being that before clipping.
+    """
+
+    init: Callable[[Params], GuardState]
+    apply: Callable[..., tuple[Params, GuardState, jax.Array]]
+
+
+def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
     """Clip by global norm, AdamW or Muon, then average; bad updates are skipped.
 
-    The state mirrors the params tree. `update` takes the loss too: `clip_and_guard`.
+    The state mirrors the params tree. See `clip_and_guard`.
     """
     parts = [(_muon if cfg.name == "muon" else _adamw)(cfg, steps)]
     if cfg.ema_decay:
@@ -241,37 +278,9 @@ def averaged_params(opt_state: Any) -> Params | None:
     return optax.tree.get(opt_state, "ema")
 
 
-class LossStatistics(NamedTuple):
-    """Of the losses whose updates weren't skipped."""
-
-    seen: jax.Array  # int32, how many
-    mean: jax.Array  # exponentially weighted over about LOSS_WINDOW losses
-    variance: jax.Array
-
-    def add(self, loss: jax.Array) -> "LossStatistics":
-        """Each loss weighs the same until there are LOSS_WINDOW of them."""
-        seen = self.seen + 1
-        weight = 1 / jnp.minimum(seen, LOSS_WINDOW)
-        delta = loss - self.mean
-        variance = (1 - weight) * (self.variance + weight * delta**2)
-        return LossStatistics(seen, self.mean + weight * delta, variance)
-
-    def is_spike(self, loss: jax.Array, max_z: float) -> jax.Array:
-        """Whether it lies more than `max_z` deviations above a mean that is known."""
-        limit = self.mean + max_z * jnp.sqrt(self.variance)
-        return (self.seen >= LOSS_WINDOW) & (loss > limit)
-
-
-class GuardState(NamedTuple):
-    inner: Any
-    skipped: jax.Array  # int32, updates in all
-    skipped_in_row: jax.Array  # int32, the latest ones
-    losses: LossStatistics
-
-
 def clip_and_guard(
     inner: optax.GradientTransformation, clip_norm: float, max_loss_z: float = 0.0
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
     """Clips by global norm, and skips updates that would spoil the run.
 
     That is when the loss or the norm is not finite, and, if `max_loss_z` > 0, when the
@@ -279,15 +288,11 @@ def clip_and_guard(
     inner state (moments, averages, the schedule's count) are then bit for bit as if
     the batch had never been.
 
-    `update` takes the loss as `loss=`; without it, only the gradient is judged. It is
-    a conditional rather than a selection between new and old values, for which XLA
-    on CPU copies the moments: they are donated, and written where they lie.
-
-    Raises:
-      ValueError: in `update`, when `max_loss_z` > 0 and there is no loss.
+    All of the update is in one conditional: a selection between new and old values
+    would make XLA on CPU copy them, where donated they are written where they lie.
+    Gradients are multiplied by one number, whether it clips or not, for that melts
+    into the update where a selection makes a copy of them: 0.1 s a step at 124M.
     """
-    inner = optax.with_extra_args_support(inner)
-    clip = optax.clip_by_global_norm(clip_norm)
 
     def init(params: Params) -> GuardState:
         seen, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
@@ -295,39 +300,30 @@ def clip_and_guard(
         losses = LossStatistics(seen, mean, variance)
         return GuardState(inner.init(params), skipped, in_row, losses)
 
-    def update(
-        grads: Params,
-        state: GuardState,
-        params: Params,
-        *,
-        loss: jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[Params, GuardState]:
-        if loss is None and max_loss_z:
-            raise ValueError(f"optim.max_loss_z={max_loss_z} needs the loss")
-        good = jnp.isfinite(optax.tree.norm(grads))
-        losses = state.losses
-        if loss is not None:
-            good &= jnp.isfinite(loss)
-            if max_loss_z:
-                good &= ~losses.is_spike(loss, max_loss_z)
-            losses = losses.add(loss)
-        grads, _ = clip.update(grads, clip.init(params))
+    def apply(
+        grads: Params, state: GuardState, params: Params, loss: jax.Array
+    ) -> tuple[Params, GuardState, jax.Array]:
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(loss)
+        if max_loss_z:
+            good &= ~state.losses.is_spike(loss, max_loss_z)
+        scale = jnp.minimum(1.0, clip_norm / norm)
 
         def do() -> tuple[Params, Any, LossStatistics]:
-            return *inner.update(grads, state.inner, params, **extra_args), losses
+            clipped = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
+            updates, new_inner = inner.update(clipped, state.inner, params)
+            new_params = optax.apply_updates(params, updates)
+            return new_params, new_inner, state.losses.add(loss)
 
         def skip() -> tuple[Params, Any, LossStatistics]:
-            # Adding -0.0 changes no number; adding 0.0 changes -0.0.
-            nothing = jax.tree.map(lambda x: jnp.full_like(x, -0.0), params)
-            return nothing, state.inner, state.losses
+            return params, state.inner, state.losses
 
-        updates, new_inner, losses = jax.lax.cond(good, do, skip)
+        params, new_inner, losses = jax.lax.cond(good, do, skip)
         skipped = state.skipped + ~good
         in_row = jnp.where(good, 0, state.skipped_in_row + 1)
-        return updates, GuardState(new_inner, skipped, in_row, losses)
+        return params, GuardState(new_inner, skipped, in_row, losses), norm
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Optimizer(init, apply)
 
 
 def guard_counts(opt_state: GuardState) -> dict[str, jax.Array]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from gpt2_jax import metrics, sharding
@@ -29,7 +28,7 @@ from gpt2_jax.cache import KVCache
 from gpt2_jax.chips import Chip
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, count_params
-from gpt2_jax.optim import make_optimizer
+from gpt2_jax.optim import Optimizer, make_optimizer
 from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
 from gpt2_jax.train import TrainConfig, jit_step, make_model
 from gpt2_jax.train_step import TrainState, abstract_state
@@ -211,7 +210,7 @@ def vocab_size(cfg: TrainConfig) -> int:
 def compile_step(
     cfg: TrainConfig,
     model: GPT2,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     state: TrainState,
     mesh: Mesh,
     n_valid: int,

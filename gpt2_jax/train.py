@@ -282,7 +282,7 @@ def make_model(
 def resume(
     cfg: TrainConfig,
     model: GPT2,
-    optimizer: Any,
+    optimizer: optim.Optimizer,
     mesh: Mesh,
     tokenizer: Tokenizer,
     folder: Path,
@@ -368,7 +368,9 @@ class _Run:
         self.val_loss: float | None = None
         self._clock: float | None = None  # when the last step was seen to end
 
-    def loop(self, state: TrainState, optimizer: Any, stop: "StopSignals") -> Result:
+    def loop(
+        self, state: TrainState, optimizer: optim.Optimizer, stop: "StopSignals"
+    ) -> Result:
         cfg = self.cfg
         start = int(state.step)
         self._open(state, start)
@@ -607,7 +609,7 @@ def global_batch(
 def jit_step(
     cfg: TrainConfig,
     model: GPT2,
-    optimizer: Any,
+    optimizer: optim.Optimizer,
     state: TrainState,
     mesh: Mesh,
     n_valid: int,

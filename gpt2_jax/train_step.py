@@ -6,13 +6,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
 from gpt2_jax.losses import summed_cross_entropy
 from gpt2_jax.model import GPT2, Params, init
-from gpt2_jax.optim import guard_counts
+from gpt2_jax.optim import Optimizer, guard_counts
 
 
 @flax.struct.dataclass
@@ -99,7 +98,7 @@ def train_step(
     mask_ABT: jax.Array | None = None,
     *,
     model: GPT2,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: Optimizer,
     seed: int,
     n_valid: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -120,12 +119,10 @@ def train_step(
         n_valid=n_valid,
         dropout_key=key,
     )
-    updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.params, loss=loss
+    params, opt_state, norm = optimizer.apply(
+        grads, state.opt_state, state.params, loss
     )
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    metrics |= guard_counts(opt_state)
+    metrics = {"loss": loss, "grad_norm": norm, **guard_counts(opt_state)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -142,9 +139,7 @@ def eval_step(
     return loss, mask_BT.sum()
 
 
-def abstract_state(
-    model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(model: GPT2, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state, nothing allocated."""
     shapes = jax.eval_shape(lambda: _init_state(model, optimizer, 0))
     return jax.tree.map(
@@ -154,9 +149,7 @@ def abstract_state(
     )
 
 
-def init_state(
-    model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
+def init_state(model: GPT2, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
     """A fresh state, each shard made where it lives."""
     shardings = jax.tree.map(
         lambda x: x.sharding, abstract_state(model, optimizer, mesh)
