@@ -98,7 +98,8 @@ class Plan:
 
     @property
     def total_tokens(self) -> int:
-        return self.cfg.steps * self.tokens_per_update
+        """All that are seen, while the batch warms up too."""
+        return self.cfg.batch(self.cfg.steps - 1).stop * self.cfg.block_size
 
     @property
     def tokens_per_second(self) -> float:
@@ -290,7 +291,8 @@ FLOPs per token    {plan.flops_per_token:,} = 6N + 12LDT
 tokens per update  {plan.tokens_per_update:,}
 run                {cfg.steps:,} updates, {plan.total_tokens:,} tokens
                    {total_flops:.3g} FLOPs
-devices            {plan.n_devices} x {chip.name}, mesh {mesh}, {cfg.dtype}
+computed           in {cfg.dtype}, with remat={cfg.remat}
+devices            {plan.n_devices} x {chip.name}, mesh {mesh}
                    each {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16
                    {_bytes(chip.memory)} at {chip.bandwidth / 1e9:,.0f} GB/s
 
@@ -298,7 +300,7 @@ At an assumed MFU of {plan.mfu:.0%}
 update             {_time(plan.seconds_per_update)}
 the optimizer's    {_time(plan.optimizer_seconds)} or more, by the memory's speed
 tokens per second  {plan.tokens_per_second:,.0f}
-whole run          {_time(cfg.steps * plan.seconds_per_update)}
+whole run          {_time(plan.total_tokens / plan.tokens_per_second)}
 
 On each device
 parameters         {_bytes(plan.params_bytes)}
@@ -333,13 +335,16 @@ def _verdict(plan: Plan) -> str:
     said = "fits as given" if plan.fits else "does not fit as given"
     if plan.smallest is None:
         return (
-            f"{said}, nor with one example a device: give more devices or shard the "
-            "state over them, --config.mesh.fsdp=-1"
+            f"{said}, nor with one example a device: compute activations again,\n"
+            "--config.remat=block, or shard the state over more devices, "
+            "--config.mesh.fsdp=-1"
         )
     examples = plan.device_batch_size(plan.smallest)
-    said += f"; the largest that fits: --config.device_batch_size={examples}"
+    said += f"; the most that fits: --config.device_batch_size={examples}"
     if plan.chip.is_gpu and plan.trials[plan.smallest].peak > 0.75 * plan.chip.memory:
-        said += " and XLA_CLIENT_MEM_FRACTION=0.9, JAX takes 75% else"
+        said += (
+            "\nfor which XLA_CLIENT_MEM_FRACTION=0.9 has to be set: JAX takes 75% else"
+        )
     return said
 
 
