@@ -209,12 +209,12 @@ def latest_sound(
       DamagedCheckpointError: when none is sound: nothing is begun anew then.
     """
     aside = folder.parent / "damaged"
+    distributed.first_alone(partial(_set_incomplete_aside, folder, aside))
     while steps := _steps(folder):
         step_folder = folder / str(steps[-1])
         contract: Contract | None = None
         error: DamagedCheckpointError | None = None
         try:
-            _check_parts(step_folder)
             contract = read_contract(step_folder)
         except DamagedCheckpointError as e:
             error = e
@@ -232,6 +232,15 @@ def latest_sound(
             "remove that to begin anew, or choose another workdir"
         )
     return None
+
+
+def _set_incomplete_aside(folder: Path, aside: Path) -> None:
+    """All steps that lack a part, older ones too: Orbax would stumble over them."""
+    for step in _steps(folder):
+        try:
+            _check_parts(folder / str(step))
+        except DamagedCheckpointError as e:
+            _set_aside(folder / str(step), aside, e)
 
 
 def _set_aside(step_folder: Path, aside: Path, error: Exception | None) -> None:

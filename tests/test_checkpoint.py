@@ -243,6 +243,19 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(
     assert checkpoint.latest_sound(folder, abstract, check)[0].step == 5
 
 
+def test_an_older_step_that_lacks_a_part_is_set_aside_too(two_steps, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    shutil.rmtree(folder / "3/tokenizer")
+    mesh = make_mesh(8, 1, 1)
+    abstract = checkpoint.as_tree(abstract_state(GPT2(TINY), OPTIMIZER, mesh))
+    contract, _ = checkpoint.latest_sound(folder, abstract, lambda *_: None)
+    assert contract.step == 5
+    assert (tmp_path / "damaged/3").is_dir()
+    save(folder, a_state(mesh, 6))  # Orbax finds its way
+    assert checkpoint.check_steps(folder) == [5, 6]
+
+
 def test_nothing_is_begun_anew_when_no_step_is_sound(two_steps, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_steps, folder)

@@ -1,11 +1,21 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, abstract_params
 from gpt2_jax.optim import make_optimizer
-from gpt2_jax.sharding import batch_sharding, make_mesh, n_batch_shards, tree_shardings
+from gpt2_jax.sharding import (
+    _over_slices,
+    batch_sharding,
+    make_mesh,
+    n_batch_shards,
+    tree_shardings,
+)
 from gpt2_jax.train_step import abstract_state
 from shapes import TINY
 from test_optim import CFG
@@ -28,6 +38,22 @@ def test_a_mesh_that_does_not_fit_is_refused(shape):
 def test_impossible_axes_are_refused(shape):
     with pytest.raises(ValueError, match="axes are >= 1, and at most one is -1"):
         make_mesh(*shape)
+
+
+def test_only_the_data_axis_goes_across_slices():
+    """Each slice of the data axis is one slice of the hardware."""
+    devices = [
+        SimpleNamespace(
+            id=i, slice_index=i // 4, process_index=0, platform="cpu", device_kind="cpu"
+        )
+        for i in range(8)
+    ]
+    found = _over_slices((4, 2, 1), 2, devices)
+    slices = np.vectorize(lambda d: d.slice_index)(found)
+    assert slices.tolist() == [[[0], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]
+    assert sorted(d.id for d in found.flat) == list(range(8))
+    with pytest.raises(ValueError, match=r"mesh.data=1 .* by the 2 slices"):
+        _over_slices((1, 8, 1), 2, devices)
 
 
 def test_each_parameter_has_one_rule_and_moments_follow():
@@ -61,9 +87,14 @@ def test_a_parameter_that_no_rule_or_two_match_is_refused(monkeypatch):
         tree_shardings(abstract_params(TINY), mesh)
 
 
-def test_an_axis_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="wte/embedding has a dimension of 61"):
+def test_an_axis_that_does_not_divide_is_refused_with_what_would_do():
+    with pytest.raises(ValueError, match="wte/embedding has a dimension of 61") as e:
         tree_shardings(abstract_params(TINY), make_mesh(4, 1, 2))
+    assert "so would model.vocab_size=128" in str(e.value)
+    xl = GPT2Config.named("gpt2-xl", n_layer=1, vocab_size=50304)
+    message = r"c_attn/kernel .* of 25, which mesh axis tensor=2 .* tensor=1, 5 would$"
+    with pytest.raises(ValueError, match=message):
+        tree_shardings(abstract_params(xl), make_mesh(4, 1, 2))
 
 
 def test_batches_spread_over_data_and_fsdp():
