@@ -115,7 +115,8 @@ def _over_mesh(variables, constants, n_valid, mesh, differentiate):
         axis_names=set(BATCH),
         check_vma=False,
     )
-    return spread(variables, constants)
+    # Only within jit can an axis be left.
+    return jax.jit(spread)(variables, constants)
 
 
 def _over_chunks(variables, constants, n_valid, tensor, differentiate):

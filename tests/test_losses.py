@@ -221,6 +221,7 @@ def test_on_a_mesh_the_gradient_of_the_embedding_is_summed_once(monkeypatch, sha
         assert max(inside) == 4 * (B * D) // (shape[0] * shape[1])
         assert part not in inside
     value, gradients = compiled(*args)
+    assert float(loss(jnp.sin(args[0]), *args[1:])) == pytest.approx(float(value))
     expected, wanted = value_and_gradients(partial(plain, n_valid=N_VALID))(
         np.sin(HIDDEN), EMBEDDING, TARGETS, MASK
     )
