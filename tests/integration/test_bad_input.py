@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt2_jax import checkpoint
-from test_run import ROOT, TINY_RUN, arguments, train
+from test_run import ROOT, TINY_RUN, arguments, start, train
 
 
 def refused(script: str, *args: object, status: int = 2) -> str:
@@ -109,14 +109,22 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(finished, text, tmp_pat
     for data in (step / "state").glob("**/d/*"):
         data.write_bytes(data.read_bytes()[:100])
     before = {p: p.stat().st_size for p in workdir.rglob("*") if p.is_file()}
-    resume = [*arguments(workdir, text), "--config.steps=9"]
     for script, flags in [
-        ("train.py", resume),
         ("generate.py", [f"--workdir={workdir}", "--max_new_tokens=3"]),
         ("evaluate.py", [f"--workdir={workdir}"]),
     ]:
         assert f"checkpoint {step} is damaged" in refused(script, *flags)
     assert {p: p.stat().st_size for p in workdir.rglob("*") if p.is_file()} == before
+    # training, which may write there, goes on from the one before
+    out, err = start("train.py", *arguments(workdir, text)).communicate(timeout=120)
+    assert f"note: checkpoint {step} is damaged" in err
+    assert f"it is now {workdir / 'damaged' / step.name}" in err
+    assert "resumed at step" in out
+    # and where there is none, it says so
+    for path in (workdir / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    said = refused("train.py", *arguments(workdir, text))
+    assert f"no sound checkpoint is left in {workdir / 'checkpoints'}" in said
 
 
 def test_the_traceback_flag_shows_it(tmp_path):

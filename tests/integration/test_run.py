@@ -113,6 +113,8 @@ def test_the_run_leaves_what_it_promises(whole):
         "step",
         "loss",
         "grad_norm",
+        "skipped",
+        "skipped_in_row",
         "learning_rate",
         "step_seconds",
         "tokens_per_second",
