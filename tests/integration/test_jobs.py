@@ -133,7 +133,9 @@ def test_one_that_is_asked_to_stop_stops_all_at_one_step(text, tmp_path):
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_host_that_dies_ends_the_others_by_name(text, tmp_path, victim):
     workdir = tmp_path / "run"
-    with job(2, workdir, *arguments(workdir, text), *MORE) as processes:
+    # a collective fails at once; a barrier of a checkpoint after peer_timeout
+    args = [*arguments(workdir, text), *MORE, "--peer_timeout=10"]
+    with job(2, workdir, *args) as processes:
         wait_for_step(processes[0], workdir, 20)
         processes[victim].kill()
         began = time.monotonic()
