@@ -1,10 +1,16 @@
 """What tests share: eight fake devices, a tiny model, a count of compilations."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# For the programs that tests start, which are mostly the same: the first of them
+# compiles. Not for this process, nor for the others of pytest, which inherit it.
+_cache = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,6 +20,12 @@ import pytest
 
 from gpt2_jax.model import GPT2, Params
 from shapes import TINY, random_params
+
+if _cache is None:
+    _cache = tempfile.mkdtemp(prefix="gpt2_jax-cache-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="session")
