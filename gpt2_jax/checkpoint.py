@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import distributed
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import Params
+from gpt2_jax.model import Params, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
 
 T = TypeVar("T")
@@ -139,8 +139,9 @@ class Checkpoints:
 
 
 def as_tree(state: Any) -> dict[str, Any]:
-    """A TrainState as the dict that a checkpoint holds."""
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    """A TrainState as the dict that a checkpoint holds, with one entry a layer."""
+    tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    return unstack_layers(tree)
 
 
 def check_steps(folder: Path) -> list[int]:

@@ -17,6 +17,10 @@ the layers are run:
 Biases are flat, so that ndim >= 2 holds for just the tensors that weight decay is for;
 the head axes of c_attn and c_proj are there to be sharded.
 
+While a model is trained whose layers are scanned, they are one entry `h`, each array
+with an axis N before its own: a program for it is no longer the more layers there are,
+and no time goes into stacking. Nobody else sees it: see `unstack_layers`.
+
 To decode (see `gpt2_jax.weights`), a `weight` [*out, *in] may stand for a kernel
 [*in, *out]. Weights and wte may be int8, with a flat float32 `scale` of their output
 channels beside.
@@ -45,6 +49,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.sharding import BATCH, constrain
 
 Params = dict[str, Any]
+LAYER, STACKED = "h_", "h"
 
 GELU_BY_TANH = partial(nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -354,8 +359,8 @@ class GPT2(nn.Module):
         stay in float32.
       param_dtype: of the parameters.
       scan_layers: run the layers under one `lax.scan` when there is no cache: the
-        compile time no longer grows with depth, a step on CPU is 1.3x slower
-        (benchmarks/). The parameters are the same either way.
+        compile time no longer grows with depth if the parameters are stacked, a step
+        on CPU is 1.3x slower (benchmarks/). Parameters may be stacked or not.
       remat: what of a block is computed again for the gradient instead of being kept:
         "none"; "dots", all but the products with weights; "block", all. Results are
         the same, those of dropout included. On CPU it takes scan_layers or jax 0.11
@@ -456,7 +461,6 @@ class GPT2(nn.Module):
 
     def _apply_layers(self, x_BTD, key):
         """The blocks as functions of their parameters, for JAX to scan or repeat."""
-        layers = [self.variables["params"][f"h_{i}"] for i in range(self.cfg.n_layer)]
         block = self._block(parent=None)
 
         def apply(x_BTD, layer):
@@ -471,12 +475,13 @@ class GPT2(nn.Module):
                 policy=remat_policy(self.remat),
                 prevent_cse=not self.scan_layers,
             )
+        params = self.variables["params"]
         if self.scan_layers:
-            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+            stacked = stack_layers(params)[STACKED]
             indices = jnp.arange(self.cfg.n_layer)
             return jax.lax.scan(apply, x_BTD, (stacked, indices))[0]
-        for i, params in enumerate(layers):
-            x_BTD, _ = apply(x_BTD, (params, i))
+        for i in range(self.cfg.n_layer):
+            x_BTD, _ = apply(x_BTD, (params[f"h_{i}"], i))
         return x_BTD
 
 
@@ -520,11 +525,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def init(model: GPT2, key: jax.Array) -> Params:
+def init(model: GPT2, key: jax.Array, *, stacked: bool = False) -> Params:
     """Fresh parameters: N(0, 0.02), c_proj by depth, biases 0, LayerNorm 1 and 0.
 
-    All layers are drawn by one vmapped program, so that its compile time, most of
-    which goes into random normals, does not grow with depth.
+    There is one entry a layer, or all are `stacked`. They are drawn by one vmapped
+    program, so that its compile time, most of which goes into random normals, does
+    not grow with depth.
     """
     cfg = model.cfg
     top_key, layers_key = jax.random.split(key)
@@ -535,9 +541,56 @@ def init(model: GPT2, key: jax.Array) -> Params:
     layers = jax.vmap(lambda k: block.init(k, *inputs)["params"])(
         jax.random.split(layers_key, cfg.n_layer)
     )
-    for i in range(cfg.n_layer):
-        params[f"h_{i}"] = jax.tree.map(lambda x, i=i: x[i], layers)
-    return params
+    del params[f"{LAYER}0"]
+    params[STACKED] = layers
+    return params if stacked else unstack_layers(params)
+
+
+def is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of a tree, by its path, holds all layers along its first axis."""
+    return any(getattr(key, "key", None) == STACKED for key in path)
+
+
+def stack_layers(tree: Any) -> Any:
+    """All h_{i} of the params in a tree, and of what mirrors them, as one h."""
+
+    def stack(params: Params) -> Params:
+        rest = {k: v for k, v in params.items() if not k.startswith(LAYER)}
+        layers = [params[f"{LAYER}{i}"] for i in range(len(params) - len(rest))]
+        if not layers:
+            return params
+        return {**rest, STACKED: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
+
+    return _map_params(stack, tree)
+
+
+def unstack_layers(tree: Any) -> Any:
+    """The inverse of `stack_layers`; what is not stacked is left as it is."""
+
+    def unstack(params: Params) -> Params:
+        if STACKED not in params:
+            return params
+        layers = params[STACKED]
+        rest = {k: v for k, v in params.items() if k != STACKED}
+        return rest | {
+            f"{LAYER}{i}": jax.tree.map(lambda x, i=i: _layer(x, i), layers)
+            for i in range(len(jax.tree.leaves(layers)[0]))
+        }
+
+    return _map_params(unstack, tree)
+
+
+def _map_params(f: Callable[[Params], Params], tree: Any) -> Any:
+    def is_params(x: Any) -> bool:
+        return isinstance(x, dict) and "wte" in x
+
+    return jax.tree.map(lambda x: f(x) if is_params(x) else x, tree, is_leaf=is_params)
+
+
+@jax.jit
+def _layer(x: jax.Array, i: int) -> jax.Array:
+    """One program for all layers."""
+    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
 def abstract_params(cfg: GPT2Config) -> Params:

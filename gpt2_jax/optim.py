@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from gpt2_jax.model import DTYPES, Params
+from gpt2_jax.model import DTYPES, Params, is_stacked
 
 CHOICES = {
     "name": ("adamw", "muon"),
@@ -147,7 +148,9 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 def decay_mask(params: Params) -> Params:
     """True where weight decay applies: tensors of ndim >= 2, never bias or norm."""
-    return jax.tree.map(lambda x: x.ndim >= 2, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim - is_stacked(path) >= 2, params
+    )
 
 
 class LossStatistics(NamedTuple):
@@ -225,11 +228,15 @@ def _muon(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     kernels = optax.chain(
         scale_by_muon(
             mu_dtype=DTYPES[cfg.state_dtype],
-            weight_dimension_numbers=lambda kernels: jax.tree.map(
-                lambda x: KERNEL_AXES[x.ndim], kernels
+            weight_dimension_numbers=partial(
+                jax.tree_util.tree_map_with_path, _kernel_axes
             ),
         ),
-        optax.stateless(lambda updates, _: jax.tree.map(_to_adamws_size, updates)),
+        optax.stateless(
+            lambda updates, _: jax.tree_util.tree_map_with_path(
+                _to_adamws_size, updates
+            )
+        ),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.scale_by_learning_rate(lambda step: ratio * rate(step)),
     )
@@ -241,11 +248,18 @@ def _muon(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     )
 
 
-def _to_adamws_size(update: jax.Array) -> jax.Array:
+def _kernel_axes(path: Any, kernel: jax.Array) -> MuonDimensionNumbers:
+    if not is_stacked(path):
+        return KERNEL_AXES[kernel.ndim]
+    axes = KERNEL_AXES[kernel.ndim - 1]
+    return MuonDimensionNumbers(*(tuple(a + 1 for a in group) for group in axes))
+
+
+def _to_adamws_size(path: Any, update: jax.Array) -> jax.Array:
     """Of an orthogonal [m, n], whose elements have an RMS of 1 / sqrt(max(m, n))."""
     m, n = (
         math.prod(update.shape[axis] for axis in axes)
-        for axes in KERNEL_AXES[update.ndim]
+        for axes in _kernel_axes(path, update)
     )
     return MUON_RMS * math.sqrt(max(m, n)) * update
 

@@ -15,7 +15,8 @@ AXES = ("data", "fsdp", "tensor")
 _AUTO = (AxisType.Auto,) * len(AXES)
 
 # Every parameter matches one row, by the end of its path; so do the optimizer's
-# moments, whose paths end alike.
+# moments, whose paths end alike. Where layers are stacked, as `h`, the axis along which
+# they lie comes first and is not spread.
 RULES: tuple[tuple[str, P], ...] = (
     ("wte/embedding", P("tensor", "fsdp")),
     ("wpe/embedding", P(None, "fsdp")),
@@ -99,14 +100,15 @@ def _spec(path: tuple[Any, ...], leaf: Any, mesh: Mesh) -> P:
     specs = [s for rule, s in RULES if re.search(rf"(^|/){rule}$", name)]
     if len(specs) != 1:
         raise ValueError(f"{len(specs)} partition rules match the parameter {name!r}")
-    for size, axis in zip(leaf.shape, specs[0], strict=False):
+    spec = P(None, *specs[0]) if re.search(r"(^|/)h/", name) else specs[0]
+    for size, axis in zip(leaf.shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
                 f"{name} has a dimension of {size}, which mesh axis "
                 f"{axis}={mesh.shape[axis]} does not divide; "
                 f"{_nearest(name, size, mesh.shape[axis], mesh.size, axis)}"
             )
-    return specs[0]
+    return spec
 
 
 def _nearest(name: str, size: int, shards: int, n_devices: int, axis: str) -> str:

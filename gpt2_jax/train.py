@@ -35,10 +35,17 @@ from gpt2_jax.model import (
     count_params,
     dtype_named,
     remat_policy,
+    unstack_layers,
 )
 from gpt2_jax.options import Options
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
-from gpt2_jax.train_step import TrainState, abstract_state, init_state, train_step
+from gpt2_jax.train_step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    stack_state,
+    train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +302,8 @@ def resume(
       DamagedCheckpointError: when each of them is damaged.
       ValueError: when it is of another model or tokenizer, or has gone further.
     """
-    abstract = checkpoint.as_tree(abstract_state(model, optimizer, mesh))
+    saved = abstract_state(model.clone(scan_layers=False), optimizer, mesh)
+    abstract = checkpoint.as_tree(saved)
     check = partial(_check_contract, cfg, model, tokenizer)
     found = checkpoint.latest_sound(folder, abstract, check)
     if found is None:
@@ -303,7 +311,8 @@ def resume(
     contract, tree = found
     for name, (old, new) in changes(contract.run, plain(cfg)).items():
         _note(f"{name} was {old} and is now {new}")
-    return TrainState(**tree)
+    state = TrainState(**tree)
+    return stack_state(state, model, optimizer, mesh) if model.scan_layers else state
 
 
 def _check_contract(
@@ -532,7 +541,7 @@ class _Run:
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
         [new_ids] = generate(
             self.model,
-            params,
+            unstack_layers(params),
             [ids],
             Options(max_new_tokens=self.cfg.eval.sample_tokens),
             seed=self.cfg.seed,

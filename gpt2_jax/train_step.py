@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 
 from gpt2_jax import sharding
 from gpt2_jax.losses import summed_cross_entropy
-from gpt2_jax.model import GPT2, Params, init
+from gpt2_jax.model import GPT2, Params, init, stack_layers
 from gpt2_jax.optim import Optimizer, guard_counts
 
 
 @flax.struct.dataclass
 class TrainState:
     step: jax.Array  # int32: updates done
-    params: Params
+    params: Params  # stacked if the model scans its layers
     opt_state: Any
 
 
@@ -151,13 +151,22 @@ def abstract_state(model: GPT2, optimizer: Optimizer, mesh: Mesh) -> TrainState:
 
 def init_state(model: GPT2, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
     """A fresh state, each shard made where it lives."""
-    shardings = jax.tree.map(
-        lambda x: x.sharding, abstract_state(model, optimizer, mesh)
-    )
-    make = jax.jit(partial(_init_state, model, optimizer), out_shardings=shardings)
-    return make(seed)
+    make = partial(_init_state, model, optimizer)
+    return jax.jit(make, out_shardings=_shardings(model, optimizer, mesh))(seed)
+
+
+def stack_state(
+    state: TrainState, model: GPT2, optimizer: Optimizer, mesh: Mesh
+) -> TrainState:
+    """The state of a model whose layers are scanned, of one with an entry a layer."""
+    stack = jax.jit(stack_layers, out_shardings=_shardings(model, optimizer, mesh))
+    return stack(state)
+
+
+def _shardings(model, optimizer, mesh):
+    return jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
 
 
 def _init_state(model, optimizer, seed):
-    params = init(model, jax.random.key(seed))
+    params = init(model, jax.random.key(seed), stacked=model.scan_layers)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

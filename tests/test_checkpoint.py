@@ -14,7 +14,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.optim import make_optimizer
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import ByteTokenizer
-from gpt2_jax.train_step import TrainState, abstract_state
+from gpt2_jax.train_step import TrainState, abstract_state, stack_state
 from shapes import TINY
 from test_optim import CFG
 
@@ -82,6 +82,19 @@ def test_bits_come_back_on_any_mesh(saved, shape):
     assert jax.tree.structure(back) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, back, expected)
     assert back["params"]["wpe"]["embedding"].sharding.mesh == mesh
+
+
+def test_stacked_layers_are_saved_as_single_ones(saved, tmp_path):
+    _, state = saved
+    mesh, model = make_mesh(8, 1, 1), GPT2(TINY, scan_layers=True)
+    stacked = stack_state(state, model, OPTIMIZER, mesh)
+    abstract = abstract_state(model, OPTIMIZER, mesh)
+    for x, y in zip(jax.tree.leaves(stacked), jax.tree.leaves(abstract), strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+    save(tmp_path, stacked)
+    back, expected = restore(tmp_path / "3", mesh), checkpoint.as_tree(state)
+    assert jax.tree.structure(back) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, back, expected)
 
 
 def test_parameters_alone(saved):

@@ -18,6 +18,8 @@ from gpt2_jax.model import (
     dtype_named,
     init,
     project,
+    stack_layers,
+    unstack_layers,
 )
 from shapes import TINY, random_params
 
@@ -179,6 +181,29 @@ def test_scanned_layers_are_the_same_function(tiny):
         partial(init, GPT2(TINY, scan_layers=True)), jax.random.key(0)
     )
     assert jax.tree.structure(scanned) == jax.tree.structure(params)
+
+
+def test_stacked_layers_are_the_same_parameters(tiny):
+    _, params = tiny
+    stacked = stack_layers({"params": params, "step": jnp.zeros(())})
+    assert set(stacked["params"]) == {"wte", "wpe", "ln_f", "h"}
+    assert stacked["params"]["h"]["mlp"]["c_fc"]["kernel"].shape == (3, 32, 128)
+    jax.tree.map(
+        np.testing.assert_array_equal, unstack_layers(stacked)["params"], params
+    )
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(params), params)
+    model = GPT2(TINY, scan_layers=True)
+    logits, expected = (
+        jax.jit(model.apply)({"params": p}, TOKENS)[0]
+        for p in (stacked["params"], params)
+    )
+    np.testing.assert_array_equal(logits, expected)
+    fresh = init(model, jax.random.key(1))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        unstack_layers(init(model, jax.random.key(1), stacked=True)),
+        fresh,
+    )
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

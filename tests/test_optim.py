@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_jax.model import GPT2, abstract_params
+from gpt2_jax.model import GPT2, abstract_params, stack_layers, unstack_layers
 from gpt2_jax.optim import (
     LOSS_WINDOW,
     LossStatistics,
@@ -22,7 +22,7 @@ from gpt2_jax.optim import (
 )
 from gpt2_jax.sharding import make_mesh, tree_shardings
 from gpt2_jax.train_step import abstract_state
-from shapes import TINY
+from shapes import TINY, random_params
 
 CFG = OptimConfig(
     name="adamw",
@@ -139,6 +139,28 @@ def test_decay_is_for_matrices_only():
         for name in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
     }
     assert decayed == {"wte/embedding", "wpe/embedding", *kernels}
+
+
+@pytest.mark.parametrize("cfg", [CFG, MUON, EMA], ids=["adamw", "muon", "average"])
+def test_stacked_layers_are_updated_like_single_ones(cfg):
+    optimizer = make_optimizer(cfg, 100)
+    params, grads = random_params(TINY, stddev=0.2), random_params(TINY, stddev=0.1)
+    grads = jax.tree.map(lambda x: x - x.mean(), grads)
+
+    @jax.jit
+    def update(params, grads):
+        state = optimizer.init(params)
+        return optimizer.apply(grads, state, params, jnp.float32(1))
+
+    expected = update(params, grads)
+    got = update(stack_layers(params), stack_layers(grads))
+    assert jax.tree.structure(unstack_layers(got)) == jax.tree.structure(expected)
+    # rounding, which Muon's iteration makes larger
+    tolerance = 1e-3 if cfg is MUON else 1e-5
+    for x, y in zip(
+        jax.tree.leaves(unstack_layers(got)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
 
 
 class AdamW:

@@ -76,6 +76,19 @@ def test_each_parameter_has_one_rule_and_moments_follow():
         assert by_path[path].sharding.spec == P("fsdp", "tensor")
 
 
+def test_stacked_layers_follow_the_same_rules():
+    cfg = TINY.from_dict({**TINY.__dict__, "vocab_size": 64})
+    model = GPT2(cfg, scan_layers=True)
+    state = abstract_state(model, make_optimizer(CFG, 100), make_mesh(2, 2, 2))
+    attn = state.params["h"]["attn"]
+    assert attn["c_attn"]["kernel"].shape == (3, 32, 3, 4, 8)
+    specs = jax.tree.map(lambda x: x.sharding.spec, attn)
+    assert specs["c_attn"]["kernel"] == P(None, "fsdp", None, "tensor", None)
+    assert specs["c_proj"]["kernel"] == P(None, "tensor", None, "fsdp")
+    assert specs["c_proj"]["bias"] == P(None)
+    assert state.params["wte"]["embedding"].sharding.spec == P("tensor", "fsdp")
+
+
 def test_a_parameter_that_no_rule_or_two_match_is_refused(monkeypatch):
     mesh = make_mesh()
     with pytest.raises(ValueError, match="0 partition rules match the parameter 'w/k'"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import default
+from gpt2_jax import train as train_module
 from gpt2_jax.data.loader import TokenDataset, train_examples
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.model import abstract_params
@@ -20,6 +21,7 @@ from gpt2_jax.train import (
     make_model,
     make_writable,
     plain,
+    train,
 )
 
 CONFIGS = sorted(path.stem for path in Path(default.__file__).parent.glob("*.py"))
@@ -160,6 +162,34 @@ def test_the_batch_grows_by_tokens_and_leaves_no_example_out():
     assert [len(b) for b in batches] == [4] * 3 + [8] * 4 + [16] * 5
     assert [i for b in batches for i in b] == list(range(3 * 4 + 4 * 8 + 5 * 16))
     assert config(batch_size=6).batch(7) == range(42, 48)
+
+
+@pytest.mark.slow
+def test_layers_may_be_scanned_or_not_from_one_call_of_a_run_to_the_next(
+    tmp_path, monkeypatch
+):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 99)
+
+    def run(workdir, steps, scan_layers):
+        def make(*args):
+            return make_model(*args).clone(scan_layers=scan_layers)
+
+        monkeypatch.setattr(train_module, "make_model", make)
+        cfg = config(
+            **{"steps": steps, "batch_size": 8, "block_size": 16},
+            **{"data__path": str(text), "data__tokenizer": "bytes"},
+            **{"data__vocab_size": 0, "model__n_layer": 2, "model__n_embd": 32},
+            **{"optim__schedule": "constant", "optim__warmup_steps": 1},
+            **{"optim__ema_decay": 0.5, "eval__sample_tokens": 2},
+        )
+        return train(cfg, tmp_path / workdir).val_loss
+
+    expected = run("loop", 6, False)
+    assert run("both", 2, True) > expected + 0.1
+    run("both", 4, False)
+    # the same sums in another order
+    assert run("both", 6, True) == pytest.approx(expected, rel=1e-4)
 
 
 def test_changes_are_named_by_their_path():

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 from functools import lru_cache, partial
 
 import jax
@@ -13,13 +14,14 @@ from gpt2_jax.optim import make_optimizer
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train_step import (
     TrainState,
+    abstract_state,
     eval_step,
     gradients,
     init_state,
     train_step,
 )
 from shapes import TINY
-from test_optim import CFG
+from test_optim import CFG, MUON
 
 SMALL = dataclasses.replace(TINY, vocab_size=64, n_positions=16, n_layer=1)
 RNG = np.random.default_rng(0)
@@ -74,6 +76,61 @@ def test_eight_devices_equal_one(capfd):
             # all but vectors and, over tensor, wpe: here a fifth of it all
             assert max(held) < total * (1 / (fsdp * tensor) + 0.2)
     assert "rematerialization" not in capfd.readouterr().err  # XLA finds its way
+
+
+def scanning(n_layer, n_embd, vocab_size, optimizer=CFG):
+    """The jitted step of a model that scans its layers, and abstract arguments."""
+    cfg = dataclasses.replace(
+        TINY, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size
+    )
+    model, transformation = GPT2(cfg, scan_layers=True), make_optimizer(optimizer, 100)
+    state = abstract_state(model, transformation, ONE)
+    step = partial(train_step, model=model, optimizer=transformation, seed=0)
+    tokens = jax.ShapeDtypeStruct((1, 2, 33), jnp.int32)
+    return jax.jit(step, donate_argnums=0), (state, tokens)
+
+
+@pytest.mark.parametrize("optimizer", [CFG, MUON], ids=["adamw", "muon"])
+def test_the_program_does_not_grow_with_depth(optimizer):
+    lines = []
+    for n_layer in (3, 6):
+        step, args = scanning(n_layer, 32, 64, optimizer)
+        lines.append(len(step.lower(*args).as_text().splitlines()))
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_embd", "vocab_size"), [(32, 64), (768, 50_304)])
+def test_48_layers_compile_in_the_time_of_12(n_embd, vocab_size):
+    seconds = {12: [], 48: []}
+    for _ in range(3):
+        for n_layer, taken in seconds.items():
+            jax.clear_caches()
+            start = time.process_time()  # of all threads, whatever else runs here
+            step, args = scanning(n_layer, n_embd, vocab_size)
+            step.lower(*args).compile()
+            taken.append(time.process_time() - start)
+    shallow, deep = (np.median(taken) for taken in seconds.values())
+    assert deep <= 1.5 * shallow
+
+
+def test_scanned_layers_train_alike():
+    cfg = dataclasses.replace(SMALL, n_layer=2)
+    batches = (RNG.integers(0, 4, (3, 1, 8, 17)) * 16).astype(np.int32)
+    expected, _ = losses(ONE, cfg, batches)
+    mesh, optimizer = make_mesh(2, 2, 2), make_optimizer(CFG, 100)
+    model = GPT2(cfg, scan_layers=True, mesh=mesh)
+    state = init_state(model, optimizer, mesh, 0)
+    step = jax.jit(partial(train_step, model=model, optimizer=optimizer, seed=0))
+    spread, got = sharding.batch_sharding(mesh, ndim=3, axis=1), []
+    for tokens in batches:
+        state, metrics = step(state, jax.device_put(tokens, spread))
+        got.append(float(metrics["loss"]))
+    # the same sums in another order
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    evaluate = jax.jit(partial(eval_step, model=model))
+    total, count = evaluate(state.params, batches[0, 0], np.ones((8, 16), bool))
+    assert float(total / count) < got[0]
 
 
 def test_accumulation_does_not_change_the_gradient(tiny):
