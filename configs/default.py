@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the initialisation, the order of the data and dropout
+    c.init_from = ""  # begin with the weights of whatever gpt2_jax.load takes; "": none
     c.steps = 1000  # updates
     c.batch_size = 16  # examples of a global batch
     c.batch_warmup = ()  # ((TOKENS, SIZE), ...): until so many tokens, so many examples
@@ -22,9 +23,11 @@ def get_config() -> ConfigDict:
     # products), block (all of a layer)
     c.log_every = 10  # steps between records of the training metrics
 
-    m = c.model = ConfigDict()  # as in GPT2Config
-    m.vocab_size = 0  # 0: the tokenizer's; more pads the vocabulary
-    m.n_positions = 256
+    # As in GPT2Config. With init_from the first two resize what it has, dropout rates
+    # apply, and the rest is not looked at.
+    m = c.model = ConfigDict()
+    m.vocab_size = 0  # 0: the tokenizer's, or init_from's; more pads the vocabulary
+    m.n_positions = 0  # 0: block_size, or init_from's
     m.n_embd = 256
     m.n_layer = 4
     m.n_head = 4
@@ -41,7 +44,8 @@ def get_config() -> ConfigDict:
 
     d = c.data = ConfigDict()
     d.path = ""  # text file, folder of them, or prepared folder; "": built-in corpus
-    d.tokenizer = "sentencepiece"  # sentencepiece, char, bytes, or path of a given one
+    d.tokenizer = ""  # sentencepiece, char, bytes, or path of a given one; "": that of
+    # init_from, without it sentencepiece
     d.vocab_size = 4096  # of a tokenizer to train; 0: what the tokenizer has
     d.splits = (0.9, 0.05, 0.05)  # of the text: train, validation, test
 

@@ -7,6 +7,7 @@ short leaves a temporary folder, which is never taken for a checkpoint.
 """
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -166,6 +167,14 @@ def _check_parts(step_folder: Path) -> None:
     for part in ("state", "meta", "tokenizer"):
         if not (step_folder / part).is_dir():
             raise _damaged(step_folder, f"no folder {part!r}")
+
+
+def latest_contract(folder: Path) -> Contract | None:
+    """Of the latest step in `folder` whose contract can be read; None: of none."""
+    for step in reversed(_steps(folder)):
+        with contextlib.suppress(DamagedCheckpointError):
+            return read_contract(folder / str(step))
+    return None
 
 
 def find_step(path: Path, step: int | None = None) -> Path:

@@ -27,6 +27,7 @@ from gpt2_jax import metrics, sharding
 from gpt2_jax.cache import KVCache
 from gpt2_jax.chips import Chip
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, count_params
 from gpt2_jax.optim import Optimizer, make_optimizer
 from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
@@ -152,8 +153,13 @@ def plan(
         raise ValueError(f"{n_devices=} exceeds the {len(devices)} CPU devices here")
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh), devices=devices)
     given = cfg.microbatches(cfg.batch_size, mesh)
-    tokenizer = NoTokenizer(vocab_size(cfg), 0, "a plan needs none")
-    model = make_model(dataclasses.replace(cfg, attention="auto"), tokenizer, mesh)
+    base, known = None, vocab_size
+    if cfg.init_from:
+        source = open_model(cfg.init_from)
+        base, known = source.config, lambda _: source.tokenizer.vocab_size
+    tokenizer = NoTokenizer(known(cfg), 0, "a plan needs none")
+    plain = dataclasses.replace(cfg, attention="auto")
+    model = make_model(plain, tokenizer, mesh, base=base)
     model = model.clone(scan_layers=True)  # as on accelerators
     optimizer = make_optimizer(cfg.optim, cfg.steps)
     state = abstract_state(model, optimizer, mesh)
@@ -200,7 +206,7 @@ def vocab_size(cfg: TrainConfig) -> int:
         return size
     if cfg.data.tokenizer == "bytes":
         return ByteTokenizer().vocab_size
-    if cfg.data.tokenizer == "sentencepiece" and cfg.data.vocab_size:
+    if cfg.data.tokenizer in ("", "sentencepiece") and cfg.data.vocab_size:
         return cfg.data.vocab_size
     raise ValueError(
         f"model.vocab_size=0 is the tokenizer's, and that of data.tokenizer="

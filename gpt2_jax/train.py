@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gpt2_jax import checkpoint, distributed, metrics, optim, sharding
+from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, sharding
 from gpt2_jax.attention import check_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import TokenDataset, eval_batches, train_examples
@@ -38,12 +38,19 @@ from gpt2_jax.model import (
     unstack_layers,
 )
 from gpt2_jax.options import Options
-from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
+from gpt2_jax.tokenizer import (
+    NoTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+)
 from gpt2_jax.train_step import (
     TrainState,
     abstract_state,
     init_state,
     stack_state,
+    state_of,
     train_step,
 )
 
@@ -88,6 +95,7 @@ class TrainConfig:
     """
 
     seed: int
+    init_from: str
     steps: int
     batch_size: int
     batch_warmup: tuple[tuple[int, int], ...]
@@ -119,6 +127,8 @@ class TrainConfig:
             ("device_batch_size", self.device_batch_size),
             ("eval.examples", self.eval.examples),
             ("eval.sample_tokens", self.eval.sample_tokens),
+            ("model.vocab_size", self.model["vocab_size"]),
+            ("model.n_positions", self.model["n_positions"]),
         ]:
             if value < 0:
                 raise ValueError(f"{name}={value} must be >= 0")
@@ -129,7 +139,7 @@ class TrainConfig:
                     f"batch_warmup={self.batch_warmup} must be pairs of tokens and "
                     f"batch size that rise to batch_size={self.batch_size}"
                 )
-        if self.block_size > self.model["n_positions"]:
+        if 0 < self.model["n_positions"] < self.block_size:
             raise ValueError(
                 f"block_size={self.block_size} exceeds "
                 f"model.n_positions={self.model['n_positions']}"
@@ -222,26 +232,31 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
     for size in {size for _, size in cfg.batch_warmup} | {cfg.batch_size}:
         cfg.microbatches(size, mesh)
+    folder = workdir / "checkpoints"
+    begun = checkpoint.latest_contract(folder) if cfg.init_from else None
+    source = None
+    if cfg.init_from and begun is None:
+        source = distributed.first_alone(lambda: finetune.open_base(cfg.init_from))
     make_writable(workdir)
     distributed.check_shared(workdir)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    data_folder = distributed.first_alone(
-        lambda: prepared_folder(
-            cfg.data.path or None,
-            workdir / "data",
-            tokenizer=cfg.data.tokenizer,
-            vocab_size=cfg.data.vocab_size or None,
-            splits=cfg.data.splits,
-        )
-    )
+    data_folder = distributed.first_alone(lambda: _prepare_data(cfg, workdir, source))
     tokenizer = load_tokenizer(data_folder / "tokenizer")
-    model = make_model(cfg, tokenizer, mesh)
+    if source is not None:
+        finetune.check_tokenizer(tokenizer, source.tokenizer)
+    base = source.config if source else begun.model if begun else None
+    model = make_model(cfg, tokenizer, mesh, base=base)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
-    folder = workdir / "checkpoints"
     with StopSignals() as stop:
         state = resume(cfg, model, optimizer, mesh, tokenizer, folder)
-        if state is None:
+        if state is None and source is not None:
+            differ = changes(dataclasses.asdict(source.config), dict(vars(model.cfg)))
+            for name, (old, new) in differ.items():
+                _note(f"{name} of {cfg.init_from} was {old} and is now {new}")
+            params = finetune.load_params(source, model.cfg, tokenizer, mesh, cfg.seed)
+            state = state_of(params, model, optimizer, mesh)
+        elif state is None:
             state = init_state(model, optimizer, mesh, cfg.seed)
         checkpoints = checkpoint.Checkpoints(folder, keep_last=cfg.checkpoint.keep_last)
         try:
@@ -255,22 +270,52 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
             checkpoints.close()
 
 
+def _prepare_data(
+    cfg: TrainConfig, workdir: Path, source: finetune.Source | None
+) -> Path:
+    """The folder of token shards, its tokenizer by default that of `source`."""
+    kind, vocab_size = cfg.data.tokenizer, cfg.data.vocab_size or None
+    if not kind and cfg.init_from:
+        kind, vocab_size = str(workdir / "tokenizer"), None
+        if source is not None and not isinstance(source.tokenizer, NoTokenizer):
+            save_tokenizer(source.tokenizer, workdir / "tokenizer")
+    return prepared_folder(
+        cfg.data.path or None,
+        workdir / "data",
+        tokenizer=kind or "sentencepiece",
+        vocab_size=vocab_size,
+        splits=cfg.data.splits,
+    )
+
+
 def make_model(
-    cfg: TrainConfig, tokenizer: Tokenizer, mesh: Mesh | None = None
+    cfg: TrainConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh | None = None,
+    *,
+    base: GPT2Config | None = None,
 ) -> GPT2:
     """The model of a run; layers are scanned on accelerators only.
 
+    Args:
+      base: what the run begins with, when that is another model.
+
     Raises:
-      ValueError: when the vocabulary of the model can't hold the tokenizer's, or the
-        attention that is asked for can't run here.
+      ValueError: when the vocabulary of the model can't hold the tokenizer's, its
+        context no example, or the attention that is asked for can't run here.
     """
-    vocab_size = cfg.model["vocab_size"] or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
+    config = model_config(cfg, tokenizer, base)
+    if config.vocab_size < tokenizer.vocab_size:
+        advice = "" if cfg.model["vocab_size"] else ": model.vocab_size adds rows"
         raise ValueError(
-            f"model.vocab_size={vocab_size} is less than the tokenizer's "
-            f"vocab_size={tokenizer.vocab_size}"
+            f"model.vocab_size={config.vocab_size} is less than the tokenizer's "
+            f"vocab_size={tokenizer.vocab_size}{advice}"
         )
-    config = GPT2Config.from_dict({**cfg.model, "vocab_size": vocab_size})
+    if config.n_positions < cfg.block_size:
+        raise ValueError(
+            f"block_size={cfg.block_size} exceeds n_positions={config.n_positions} of "
+            f"{cfg.init_from}: model.n_positions extends them"
+        )
     model = GPT2(
         config,
         dtype=dtype_named(cfg.dtype),
@@ -284,6 +329,20 @@ def make_model(
         rows //= cfg.microbatches(rows, mesh)
     attention_of(model, rows, cfg.block_size, deterministic=False)
     return model
+
+
+def model_config(
+    cfg: TrainConfig, tokenizer: Tokenizer, base: GPT2Config | None
+) -> GPT2Config:
+    """As the config says; or that of `base`, resized and with the config's dropout."""
+    asked = dict(cfg.model)
+    if base is not None:
+        ours = {k: v for k, v in asked.items() if k.endswith("_pdrop")}
+        sizes = {k: asked[k] for k in ("vocab_size", "n_positions") if asked[k]}
+        return dataclasses.replace(base, **ours, **sizes)
+    asked["vocab_size"] = asked["vocab_size"] or tokenizer.vocab_size
+    asked["n_positions"] = asked["n_positions"] or cfg.block_size
+    return GPT2Config.from_dict(asked)
 
 
 def resume(

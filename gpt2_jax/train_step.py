@@ -155,6 +155,18 @@ def init_state(model: GPT2, optimizer: Optimizer, mesh: Mesh, seed: int) -> Trai
     return jax.jit(make, out_shardings=_shardings(model, optimizer, mesh))(seed)
 
 
+def state_of(
+    params: Params, model: GPT2, optimizer: Optimizer, mesh: Mesh
+) -> TrainState:
+    """A state that begins with params that lie on the mesh, an entry a layer."""
+    shardings = _shardings(model, optimizer, mesh)
+    if model.scan_layers:
+        params = jax.jit(stack_layers, out_shardings=shardings.params)(params)
+    make = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings.step)
+    return TrainState(step(), params, make(params))
+
+
 def stack_state(
     state: TrainState, model: GPT2, optimizer: Optimizer, mesh: Mesh
 ) -> TrainState:

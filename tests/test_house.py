@@ -18,6 +18,7 @@ HOUSE = [
     "lm",
     "preflight",
     "train",
+    "finetune",
     "evaluate",
     "verify",
     "train_step",

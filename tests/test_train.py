@@ -91,7 +91,10 @@ def test_recipes_are_of_their_size_and_fit_eight_devices(name, millions, example
         ({"eval__examples": -1}, "eval.examples=-1 must be >= 0"),
         ({"checkpoint__every": 0}, "checkpoint.every=0 must be >= 1"),
         ({"checkpoint__keep_last": 0}, "checkpoint.keep_last=0 must be >= 1"),
-        ({"block_size": 512}, "block_size=512 exceeds model.n_positions=256"),
+        (
+            {"block_size": 512, "model__n_positions": 256},
+            "block_size=512 exceeds model.n_positions=256",
+        ),
         ({"dtype": "fp16"}, "dtype 'fp16' is not one of float32, bfloat16"),
         ({"attention": "flash"}, "attention 'flash' is not one of auto, xla, cudnn"),
         ({"remat": "all"}, "remat 'all' is not one of none, dots, block"),

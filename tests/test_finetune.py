@@ -1,0 +1,166 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import gpt2_jax
+from gpt2_jax import checkpoint
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.finetune import check_tokenizer, load_params, resized
+from gpt2_jax.interop.formats import Source, convert
+from gpt2_jax.metrics import read_metrics
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.tokenizer import BYTES, ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from gpt2_jax.train import train
+from shapes import TINY, random_params
+from test_train import config
+
+RUN = {
+    **{"steps": 6, "batch_size": 8, "block_size": 16, "log_every": 1},
+    **{"model__n_embd": 16, "model__n_layer": 2, "model__n_head": 2},
+    **{"data__tokenizer": "bytes", "data__vocab_size": 0},
+    **{"optim__warmup_steps": 2, "eval__every": 3, "eval__examples": 8},
+    **{"checkpoint__every": 3, "checkpoint__keep_last": 9},
+}
+TUNE = {**RUN, "data__tokenizer": "", "model__n_embd": 256, "model__n_layer": 4}
+
+
+def losses(workdir):
+    return [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+
+
+def val_losses(workdir):
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [r["val_loss"] for r in records if "val_loss" in r]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "one.txt").write_text("To be, or not to be, that is the question. " * 99)
+    (folder / "two.txt").write_text("Whether 'tis nobler in the mind to suffer? " * 99)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(texts, tmp_path_factory):
+    """A run on the first text."""
+    workdir = tmp_path_factory.mktemp("base") / "run"
+    train(config(**RUN, data__path=str(texts / "one.txt")), workdir)
+    return workdir
+
+
+def test_a_run_begins_with_the_weights_of_another(base, texts, tmp_path):
+    cfg = config(
+        **{**TUNE, "data__path": str(texts / "one.txt"), "optim__ema_decay": 0.5},
+        init_from=str(base),
+    )
+    train(cfg, tmp_path / "run")
+    # of the same parameters on the same batches: not a figure's difference
+    assert val_losses(tmp_path / "run")[0] == val_losses(base)[-1]
+    contract = checkpoint.latest_contract(tmp_path / "run/checkpoints")
+    assert contract.model == checkpoint.latest_contract(base / "checkpoints").model
+    assert contract.tokenizer.kind == "bytes"
+
+
+def test_from_a_file_of_another_program_and_resumed_without_it(
+    base, texts, tmp_path, capsys
+):
+    convert(base, "hf", tmp_path / "model")
+    values = {**TUNE, "data__path": str(texts / "two.txt")}
+    values |= {"optim__schedule": "constant", "init_from": str(tmp_path / "model")}
+    train(config(**values), tmp_path / "whole")
+    train(config(**values | {"steps": 3}), tmp_path / "cut")
+    shutil.rmtree(tmp_path / "model")
+    train(config(**values), tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    ours, theirs = (gpt2_jax.load(tmp_path / d).params for d in ("cut", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(ValueError, match=r"init_from=.*model: no such file or folder"):
+        train(config(**values), tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_vocabulary_and_context_are_resized_where_that_is_asked_for(
+    base, texts, tmp_path, capfd
+):
+    sizes = {"model__vocab_size": 272, "model__n_positions": 24, "steps": 3}
+    values = {**TUNE, **sizes, "data__path": str(texts / "one.txt"), "block_size": 24}
+    train(config(**values, init_from=str(base), mesh__tensor=2), tmp_path / "run")
+    assert "note: n_positions of" in capfd.readouterr().err
+    params = gpt2_jax.load(tmp_path / "run").params
+    assert params["wte"]["embedding"].shape == (272, 16)
+    assert params["wpe"]["embedding"].shape == (24, 16)
+    with pytest.raises(ValueError, match=r"block_size=24 exceeds n_positions=16 of"):
+        train(
+            config(**values | {"model__n_positions": 0}, init_from=str(base)),
+            tmp_path / "other",
+        )
+
+
+def test_new_rows_are_the_mean_and_new_positions_drawn():
+    params = random_params(TINY, 0.2)
+    cfg = GPT2Config.from_dict({**vars(TINY), "vocab_size": 70, "n_positions": 600})
+    new = resized(params, cfg, n_known=60, seed=1)
+    wte, wpe = params["wte"]["embedding"], params["wpe"]["embedding"]
+    np.testing.assert_array_equal(new["wte"]["embedding"][:60], wte[:60])
+    mean = np.asarray(wte[:60], np.float64).mean(0)
+    # a float32 mean of 60 numbers of size 0.2
+    np.testing.assert_allclose(
+        new["wte"]["embedding"][60:], np.tile(mean, (10, 1)), atol=1e-7
+    )
+    np.testing.assert_array_equal(new["wpe"]["embedding"][:64], wpe)
+    drawn = np.asarray(new["wpe"]["embedding"][64:])
+    # 17,152 draws: their deviation is known to 0.5 %
+    assert drawn.std() == pytest.approx(0.02, rel=0.02)
+    cut = resized(
+        params,
+        GPT2Config.from_dict({**vars(TINY), "n_positions": 5}),
+        n_known=61,
+        seed=1,
+    )
+    np.testing.assert_array_equal(cut["wpe"]["embedding"], wpe[:5])
+    np.testing.assert_array_equal(cut["wte"]["embedding"], wte)
+
+
+def gpt2_tokenizer(*special: str) -> GPT2Tokenizer:
+    """All bytes, no merge, end of text, and special tokens."""
+    names = [*BYTES, "<|endoftext|>", *special]
+    vocab = json.dumps({name: i for i, name in enumerate(names)}).encode()
+    return GPT2Tokenizer({"vocab.json": vocab, "merges.txt": b"#version: 0.2\n"})
+
+
+def test_a_new_token_may_take_a_row_of_the_padding():
+    """The size stays, and still the row is not what padding happened to be."""
+    cfg = GPT2Config.from_dict({**vars(TINY), "vocab_size": 264, "n_layer": 1})
+    tokenizer, extended = gpt2_tokenizer(), gpt2_tokenizer("<|user|>")
+    check_tokenizer(extended, tokenizer)
+    params = random_params(cfg, 0.2)
+    source = Source(cfg, tokenizer, lambda _, places: jax.device_put(params, places))
+    mesh = make_mesh(2, 2, 2)
+    loaded = load_params(source, cfg, tokenizer, mesh, seed=0)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert len(loaded["wte"]["embedding"].sharding.device_set) == 8
+    grown = load_params(source, cfg, extended, mesh, seed=0)
+    wte = params["wte"]["embedding"]
+    np.testing.assert_allclose(
+        grown["wte"]["embedding"][257], wte[:257].mean(0), atol=1e-7
+    )
+    assert not np.allclose(wte[257], wte[:257].mean(0), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (ByteTokenizer(), "bytes, not gpt2"),
+        (gpt2_tokenizer("<b>"), "id 257 is b'<b>', not b'<a>'"),
+        (gpt2_tokenizer(), "257 ids, not 258"),
+    ],
+)
+def test_a_tokenizer_of_other_ids_is_refused(tokenizer, message):
+    with pytest.raises(ValueError, match=f"is not that of init_from: {message}"):
+        check_tokenizer(tokenizer, gpt2_tokenizer("<a>"))
+    characters = [CharTokenizer("ab"), CharTokenizer("ba")]
+    check_tokenizer(*characters[:1] * 2)
