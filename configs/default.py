@@ -43,10 +43,15 @@ def get_config() -> ConfigDict:
     m.resid_pdrop = 0.0
 
     d = c.data = ConfigDict()
+    d.kind = "text"  # or sft: a file of examples, see gpt2_jax/data/sft.py
+    d.template = ""  # of sft's messages, as "{role}: {content}\n"
     d.path = ""  # text file, folder of them, or prepared folder; "": built-in corpus
     d.tokenizer = ""  # sentencepiece, char, bytes, or path of a given one; "": that of
     # init_from, without it sentencepiece
     d.vocab_size = 4096  # of a tokenizer to train; 0: what the tokenizer has
+    d.mixture = ()  # ((PREPARED_FOLDER, WEIGHT), ...) in the place of path
+    d.packing = "flat"  # windows of the text as it comes; or documents: attention and
+    # positions begin anew at each end of text
     d.splits = (0.9, 0.05, 0.05)  # of the text: train, validation, test
 
     o = c.optim = ConfigDict()
@@ -67,6 +72,15 @@ def get_config() -> ConfigDict:
     o.max_skipped = 10  # updates in a row that may be skipped: loss or gradient bad
     o.max_loss_z = 0.0  # skip losses so many deviations above their mean; 0: none
 
+    o.lr_scales = ()  # ((PATTERN, FACTOR), ...): the rate of parameters by the first
+    # regular expression found in their path, as h_3/attn/c_attn/kernel; 0: frozen
+
+    r = c.lora = ConfigDict()  # adapters in the place of init_from's parameters
+    r.rank = 0  # 0: all parameters are trained
+    r.alpha = 16.0  # adapters are scaled by alpha / rank
+    r.dropout = 0.0  # of what goes into them
+    r.kernels = ("c_attn", "c_proj", "c_fc")  # or attn/c_proj, mlp/c_proj
+
     s = c.mesh = ConfigDict()  # devices along each axis; one of them -1: the rest
     s.data = -1
     s.fsdp = 1
@@ -75,6 +89,7 @@ def get_config() -> ConfigDict:
     e = c.eval = ConfigDict()
     e.every = 100  # steps
     e.examples = 320  # from the start of the validation split; 0: all
+    e.patience = 0  # evaluations without a lower loss that end the run; 0: none do
     e.sample_tokens = 0  # tokens to generate at each evaluation; 0: none
     e.sample_prompt = ""
 

@@ -104,6 +104,7 @@ def causal_attention(
     dropout_key: jax.Array | None = None,
     attention: str = "auto",
     mesh: Mesh | None = None,
+    segment_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T) v, each token seeing itself and those before it.
 
@@ -113,6 +114,7 @@ def causal_attention(
       dropout_rate: on the probabilities, when a `dropout_key` is given.
       attention: one of BACKENDS; see `attention_backend`.
       mesh: over which rows and heads are spread, which pallas needs to know.
+      segment_BT: int32; a token sees those of its own segment only. None: all.
 
     Returns:
       [B, T, H, K] in the dtype of v. Scores and softmax are in float32.
@@ -125,23 +127,36 @@ def causal_attention(
         attention, q_BTHK.shape, q_BTHK.dtype, dropout=dropout, mesh=mesh
     )
     if backend == "xla":
-        return _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key)
+        return _by_xla(
+            *(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key, segment_BT)
+        )
     if not isinstance(scale, float):  # kernels have it as a constant
         q_BTHK, scale = (q_BTHK * scale).astype(q_BTHK.dtype), 1.0
     if backend == "cudnn":
         return jax.nn.dot_product_attention(
-            q_BTHK, k_BTHK, v_BTHK, scale=scale, is_causal=True, implementation="cudnn"
+            *(q_BTHK, k_BTHK, v_BTHK),
+            mask=None if segment_BT is None else _same_segment(segment_BT),
+            scale=scale,
+            is_causal=True,
+            implementation="cudnn",
         )
-    return _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh)
+    return _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh, segment_BT)
 
 
-def _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key):
+def _same_segment(segment_BT: jax.Array) -> jax.Array:
+    """Bool [B, 1, T, T]."""
+    return (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
+
+
+def _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key, segment_BT=None):
     s_BHTS = jnp.einsum(
         "BTHK,BSHK->BHTS", q_BTHK, k_BTHK, preferred_element_type=jnp.float32
     )
     position_T = jnp.arange(q_BTHK.shape[1])
-    seen_TS = position_T <= position_T[:, None]
-    s_BHTS = jnp.where(seen_TS, s_BHTS * scale, UNSEEN)
+    seen = position_T <= position_T[:, None]
+    if segment_BT is not None:
+        seen &= _same_segment(segment_BT)
+    s_BHTS = jnp.where(seen, s_BHTS * scale, UNSEEN)
     p_BHTS = jax.nn.softmax(s_BHTS, axis=-1)
     if dropout_key is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)
@@ -149,7 +164,9 @@ def _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key):
     return jnp.einsum("BHTS,BSHK->BTHK", p_BHTS.astype(v_BTHK.dtype), v_BTHK)
 
 
-def _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh, *, interpret=False):
+def _by_pallas(
+    q_BTHK, k_BTHK, v_BTHK, scale, mesh, segment_BT=None, *, interpret=False
+):
     """By the splash kernel for TPUs, on each device for its own rows and heads."""
     # Here, for importing it takes time, and it is of use on TPUs alone.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -165,7 +182,7 @@ def _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh, *, interpret=False):
         block_kv_dq=size,
     )
 
-    def attend(q_BTHK, k_BTHK, v_BTHK):
+    def attend(q_BTHK, k_BTHK, v_BTHK, segment_BT):
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([splash.CausalMask((T, T))] * q_BTHK.shape[2]),
             block_sizes=blocks,
@@ -174,14 +191,19 @@ def _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh, *, interpret=False):
         q_BHTK, k_BHTK, v_BHTK = (
             x.transpose(0, 2, 1, 3) for x in (q_BTHK * scale, k_BTHK, v_BTHK)
         )
-        return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK).transpose(0, 2, 1, 3)
+        ids = segment_BT if segment_BT is None else splash.SegmentIds(*[segment_BT] * 2)
+        return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK, ids).transpose(0, 2, 1, 3)
 
     if mesh is not None:
         rows = P(BATCH, None, "tensor", None)
         attend = jax.shard_map(
-            attend, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+            attend,
+            mesh=mesh,
+            in_specs=(rows, rows, rows, P(BATCH)),
+            out_specs=rows,
+            check_vma=False,
         )
-    return attend(q_BTHK, k_BTHK, v_BTHK)
+    return attend(q_BTHK, k_BTHK, v_BTHK, segment_BT)
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:

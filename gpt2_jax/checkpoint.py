@@ -33,6 +33,7 @@ T = TypeVar("T")
 FORMAT = 1
 _ELSEWHERE = "another process can't read it"
 VAL_LOSS = "val_loss"
+BEST = "best"
 
 
 class DamagedCheckpointError(ValueError):
@@ -48,6 +49,8 @@ class Contract:
     run: Mapping[str, Any]  # the configuration of the run, as plain data
     tokenizer: Tokenizer
     metrics: Mapping[str, float]
+    base: Mapping[str, Any] | None = None  # what the params are adapters of
+    best: Mapping[str, Any] | None = None  # the evaluation of least loss up to here
 
 
 class Checkpoints:
@@ -88,10 +91,17 @@ class Checkpoints:
         run: Mapping[str, Any],
         tokenizer: Tokenizer,
         val_loss: float | None = None,
+        base: Mapping[str, Any] | None = None,
+        best: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts to save a TrainState; a step that is there already is left alone.
 
         The arrays are copied before this returns, so the state may be donated.
+
+        Args:
+          base: where params are adapters, of what: its `model`, `step` and `sha256`.
+          best: the evaluation of least loss: its `step` and `val_loss`, and how many
+            came `since`.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -112,6 +122,9 @@ class Checkpoints:
             },
             "checksums": checksums(tree),
         }
+        for name, value in (("base", base), ("best", best)):
+            if value is not None:
+                meta[name] = dict(value)
         files = {
             name: base64.b64encode(content).decode()
             for name, content in tokenizer.files().items()
@@ -177,16 +190,22 @@ def latest_contract(folder: Path) -> Contract | None:
     return None
 
 
-def find_step(path: Path, step: int | None = None) -> Path:
+def find_step(path: Path, step: int | str | None = None) -> Path:
     """The folder of one step.
 
     Args:
       path: of a run (workdir), or, with no `step`, of one of its steps.
-      step: None: the latest.
+      step: its number; "best": that of least validation loss among those that are
+        there; None: the latest.
 
     Raises:
       FileNotFoundError: when it isn't there.
+      ValueError: when it is neither a number nor "best".
     """
+    if isinstance(step, str) and step != BEST:
+        if not step.isdecimal():
+            raise ValueError(f"{step=} is neither a number nor {BEST!r}")
+        step = int(step)
     if step is None and (path / "meta").is_dir():
         return path
     if not path.exists():
@@ -195,6 +214,12 @@ def find_step(path: Path, step: int | None = None) -> Path:
     steps = check_steps(folder)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {folder}")
+    if step == BEST:
+        losses = {s: read_contract(folder / str(s)).metrics for s in steps}
+        evaluated = [s for s in steps if VAL_LOSS in losses[s]]
+        if not evaluated:
+            raise FileNotFoundError(f"no checkpoint in {folder} has a validation loss")
+        step = min(evaluated, key=lambda s: losses[s][VAL_LOSS])
     if step is not None and step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}: {steps}")
     return folder / str(steps[-1] if step is None else step)
@@ -291,6 +316,8 @@ def read_contract(step_folder: Path) -> Contract:
         run=meta["run"],
         tokenizer=tokenizer,
         metrics=meta["metrics"],
+        base=meta.get("base"),
+        best=meta.get("best"),
     )
 
 
@@ -386,6 +413,11 @@ def checksums(tree: Any) -> dict[str, int]:
     """
     sums = {_name(path): _checksum(x) for path, x in _leaves(tree)}
     return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def params_hash(params: Params) -> str:
+    """Of parameters with an entry a layer, whatever their shardings."""
+    return _digest(checksums(params))
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

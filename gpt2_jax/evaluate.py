@@ -2,18 +2,22 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax import checkpoint, sharding
-from gpt2_jax.data.loader import TokenDataset, eval_batches
+from gpt2_jax.data.loader import Examples, TextExamples
+from gpt2_jax.data.sft import sft_splits
+from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
-from gpt2_jax.tokenizer import tokenizer_hash
+from gpt2_jax.tokenizer import Tokenizer, tokenizer_hash
 from gpt2_jax.train_step import eval_step
 from gpt2_jax.weights import INT8, check_dtype, model_of, quantize
 
@@ -43,12 +47,13 @@ def make_eval_step(
 
 def evaluate(
     params: Params,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[tuple[np.ndarray | None, ...]],
     *,
     step: Callable[..., tuple[jax.Array, jax.Array]],
     mesh: Mesh,
 ) -> Evaluation:
-    """Goes through `batches` (tokens int32 [B, T + 1], mask bool [B, T]).
+    """Goes through `batches`: tokens int32 [B, T + 1], mask bool [B, T], and segments
+    int32 [B, T] or None.
 
     Args:
       params: on `mesh`.
@@ -57,9 +62,10 @@ def evaluate(
     """
     spread = sharding.batch_sharding(mesh, ndim=2, axis=0)
     sums: list[tuple[jax.Array, jax.Array]] = []
-    for tokens, mask in batches:
-        check_batch(tokens.shape[0], mesh)
-        sums.append(step(params, put(tokens, spread), put(mask, spread)))
+    for batch in batches:
+        arrays = [x for x in batch if x is not None]
+        check_batch(len(arrays[0]), mesh)
+        sums.append(step(params, *(put(x, spread) for x in arrays)))
         jax.block_until_ready(sums[-2:-1])  # one batch runs, one waits
     if not sums:
         raise ValueError("nothing to evaluate: no batch")
@@ -83,11 +89,47 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def _text_split(
+    data: Mapping[str, Any],
+    split: str,
+    tokenizer: Tokenizer,
+    block_size: int,
+    workdir: str | Path,
+) -> Examples:
+    given = Path(data["path"])
+    is_prepared = (given / "index.json").is_file()
+    folders = [given if is_prepared else Path(workdir) / "data"]
+    if data.get("mixture"):
+        folders = [Path(path) for path, _ in data["mixture"]]
+    packing = data.get("packing", "flat")
+    examples = TextExamples(folders, split, block_size=block_size, packing=packing)
+    if examples.parts[0].index.tokenizer_hash != tokenizer_hash(tokenizer):
+        raise ValueError(f"{folders[0]} was made with another tokenizer than the run's")
+    return examples
+
+
+def _sft_split(
+    data: Mapping[str, Any], split: str, tokenizer: Tokenizer, block_size: int
+) -> Examples:
+    splits, _ = sft_splits(
+        data["path"],
+        tokenizer,
+        template=data["template"],
+        fractions=data["splits"],
+        block_size=block_size,
+    )
+    if split not in splits:
+        raise ValueError(
+            f"{data['path']} has no {split} split, only {', '.join(splits)}"
+        )
+    return splits[split]
+
+
 def evaluate_run(
     workdir: str | Path,
     split: str,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     batch_size: int,
     dtype: str = "float32",
 ) -> tuple[Evaluation, str]:
@@ -106,29 +148,22 @@ def evaluate_run(
     check_dtype(dtype)
     folder = checkpoint.find_step(Path(workdir), step)
     contract = checkpoint.read_contract(folder)
-    given = Path(contract.run["data"]["path"])
-    is_prepared = (given / "index.json").is_file()
-    data_folder = given if is_prepared else Path(workdir) / "data"
-    dataset = TokenDataset(data_folder, split)
-    if dataset.index.tokenizer_hash != tokenizer_hash(contract.tokenizer):
-        raise ValueError(f"{data_folder} was made with another tokenizer than {folder}")
-    mesh = sharding.make_mesh()
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding.replicated(mesh)
-        ),
-        abstract_params(contract.model),
-    )
-    model = model_of(contract.model, dtype)
-    params = checkpoint.restore_params(folder, contract, abstract)
-    if dtype == INT8:
-        params = quantize(params)
+    data, block_size = contract.run["data"], contract.run["block_size"]
+    if data.get("kind") == "sft":
+        examples = _sft_split(data, split, contract.tokenizer, block_size)
     else:
-        params = jax.tree.map(lambda x: x.astype(model.param_dtype), params)
-    block_size = contract.run["block_size"]
+        examples = _text_split(data, split, contract.tokenizer, block_size, workdir)
+    mesh = sharding.make_mesh()
+    whole = sharding.replicated(mesh)
+    places = jax.tree.map(lambda _: whole, abstract_params(contract.model))
+    model, source = model_of(contract.model, dtype), open_model(folder)
+    if dtype == INT8:
+        params = quantize(source.load(jnp.float32, places))
+    else:
+        params = source.load(model.param_dtype, places)
     result = evaluate(
         params,
-        eval_batches(dataset, batch_size=batch_size, block_size=block_size),
+        examples.evaluation(batch_size),
         step=make_eval_step(model, contract.tokenizer.vocab_size),
         mesh=mesh,
     )

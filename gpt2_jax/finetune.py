@@ -1,13 +1,17 @@
 """Runs that begin with the weights of another model, whoever wrote it."""
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
+from gpt2_jax.checkpoint import params_hash
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop.formats import Source, open_model
-from gpt2_jax.model import Params, abstract_params
+from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, tokenizer_hash
 
 
@@ -17,6 +21,34 @@ def open_base(init_from: str) -> Source:
         return open_model(init_from)
     except (ValueError, OSError) as error:
         raise ValueError(f"init_from={init_from}: {error}") from error
+
+
+def adapted(
+    init_from: str, source: Source, model: GPT2, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[Params, dict[str, Any]]:
+    """The parameters that a run adapts, and what its checkpoints say of them.
+
+    Raises:
+      ValueError: when they would have to be resized.
+    """
+    for name, ours, theirs in (
+        ("vocab_size", model.cfg.vocab_size, source.config.vocab_size),
+        ("n_positions", model.cfg.n_positions, source.config.n_positions),
+        ("tokenizer", tokenizer.vocab_size, source.tokenizer.vocab_size),
+    ):
+        if ours > theirs if name == "tokenizer" else ours != theirs:
+            raise ValueError(
+                f"lora.rank is over 0: {name} {theirs} of {init_from} can't become "
+                f"{ours}, for its parameters stay as they are"
+            )
+    params = load_params(source, model.cfg, tokenizer, mesh, seed=0)
+    path = Path(init_from)
+    said = {
+        "model": str(path.resolve()) if path.exists() else init_from,
+        "step": source.step,
+        "sha256": params_hash(params),
+    }
+    return params, said
 
 
 def check_tokenizer(tokenizer: Tokenizer, base: Tokenizer) -> None:

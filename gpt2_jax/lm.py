@@ -41,7 +41,7 @@ Prompt = str | Ids
 def load(
     model: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
@@ -52,7 +52,8 @@ def load(
       model: a run's folder (workdir) or the folder of one of its steps; a Hugging Face
         folder, or the name of a model on its hub; the folder of an OpenAI checkpoint;
         a nanoGPT checkpoint (`ckpt.pt`); an llm.c model (`.bin`).
-      step: of a run; None: the latest.
+      step: of a run: its number, or "best", that of least validation loss; None: the
+        latest.
       revision: of a model on the hub; None: the main one.
       dtype: float32 or bfloat16, of the parameters and the computation; or int8, of the
         weights (see `gpt2_jax.weights`).

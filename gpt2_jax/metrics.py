@@ -12,14 +12,16 @@ from gpt2_jax.chips import chip_of
 from gpt2_jax.config import GPT2Config
 
 
-def flops_per_token(cfg: GPT2Config, n_params: int, block_size: int) -> int:
-    """Training FLOPs per token: 6N + 12LDT.
+def flops_per_token(
+    cfg: GPT2Config, n_params: int, block_size: int, *, per_param: int = 6
+) -> int:
+    """Training FLOPs per token: 6N + 12LDT, or 4N where most of N have no gradient.
 
     N is the number of parameters without position embeddings, L layers, D width,
     T tokens of context. Source: PaLM, https://arxiv.org/abs/2204.02311, appendix B.
     """
     n = n_params - cfg.n_positions * cfg.n_embd
-    return 6 * n + 12 * cfg.n_layer * cfg.n_embd * block_size
+    return per_param * n + 12 * cfg.n_layer * cfg.n_embd * block_size
 
 
 def peak_flops(dtype: Any) -> tuple[float, str]:

@@ -21,6 +21,9 @@ While a model is trained whose layers are scanned, they are one entry `h`, each 
 with an axis N before its own: a program for it is no longer the more layers there are,
 and no time goes into stacking. Nobody else sees it: see `unstack_layers`.
 
+While a model is adapted, `lora_a` [*in, rank] and `lora_b` [rank, *out] stand beside a
+kernel, and their product is added to it (see `gpt2_jax.lora`).
+
 To decode (see `gpt2_jax.weights`), a `weight` [*out, *in] may stand for a kernel
 [*in, *out]. Weights and wte may be int8, with a flat float32 `scale` of their output
 channels beside.
@@ -180,9 +183,10 @@ class Linear(nn.Module):
     use_bias: bool
     dtype: Any
     param_dtype: Any
+    lora_pdrop: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         in_shape, out_shape = tuple(self.in_shape), tuple(self.out_shape)
         x = x.astype(self.dtype)
         if self.has_variable("params", "weight"):
@@ -195,12 +199,20 @@ class Linear(nn.Module):
                 self.param_dtype,
             )
             y = project(x, kernel.astype(self.dtype), len(in_shape))
+        if self.has_variable("params", "lora_a"):
+            y += self._adapt(dropout(x, self.lora_pdrop, dropout_key), len(in_shape))
         if self.use_bias:
             bias = self.param(
                 "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
             )
             y += bias.astype(y.dtype).reshape(out_shape)
         return checkpoint_name(y.astype(x.dtype), PRODUCT)
+
+    def _adapt(self, x, n_in):
+        a: jax.Array = self.get_variable("params", "lora_a")
+        b: jax.Array = self.get_variable("params", "lora_b")
+        low = project(x, a.astype(self.dtype), n_in).astype(self.dtype)
+        return project(low, b.astype(self.dtype), 1)
 
     def _project_rows(self, x, in_shape, out_shape):
         rows = x.shape[: x.ndim - len(in_shape)]
@@ -253,6 +265,7 @@ class Block(nn.Module):
     param_dtype: Any
     attention: str
     mesh: Mesh | None
+    lora_pdrop: float = 0.0
 
     @nn.compact
     def __call__(
@@ -261,16 +274,17 @@ class Block(nn.Module):
         cache: KVCache | None,
         layer: Any,  # int; traced under scan
         dropout_key: jax.Array | None,
+        segment_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        rest = (self.dtype, self.param_dtype, self.attention, self.mesh)
+        dtypes = self.dtype, self.param_dtype
+        rest = (*dtypes, self.attention, self.mesh, self.lora_pdrop)
         a_BTD, kv = Attention(self.cfg, *rest, name="attn")(
-            self._norm("ln_1", x_BTD), cache, layer, keys[0]
+            self._norm("ln_1", x_BTD), cache, layer, keys[0], segment_BT
         )
         x_BTD += dropout(a_BTD, self.cfg.resid_pdrop, keys[1])
-        m_BTD = MLP(self.cfg, self.dtype, self.param_dtype, name="mlp")(
-            self._norm("ln_2", x_BTD)
-        )
+        mlp = MLP(self.cfg, *dtypes, self.lora_pdrop, name="mlp")
+        m_BTD = mlp(self._norm("ln_2", x_BTD), adapter_key(self, keys[2], 0))
         x_BTD += dropout(m_BTD, self.cfg.resid_pdrop, keys[2])
         return x_BTD, kv
 
@@ -290,6 +304,7 @@ class Attention(nn.Module):
     param_dtype: Any
     attention: str
     mesh: Mesh | None
+    lora_pdrop: float = 0.0
 
     @nn.compact
     def __call__(
@@ -298,11 +313,14 @@ class Attention(nn.Module):
         cache: KVCache | None,
         layer: Any,  # int; traced under scan
         dropout_key: jax.Array | None,
+        segment_BT: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         cfg = self.cfg
         heads = (cfg.n_head, cfg.head_dim)
-        std, rest = cfg.initializer_range, (cfg.bias, self.dtype, self.param_dtype)
-        qkv_BT3HK = Linear((cfg.n_embd,), (3, *heads), std, *rest, name="c_attn")(x_BTD)
+        rest = (cfg.bias, self.dtype, self.param_dtype, self.lora_pdrop)
+        std = cfg.initializer_range
+        c_attn = Linear((cfg.n_embd,), (3, *heads), std, *rest, name="c_attn")
+        qkv_BT3HK = c_attn(x_BTD, adapter_key(self, dropout_key, 0))
         q_BTHK, k, v = (x[:, :, 0] for x in jnp.split(qkv_BT3HK, 3, axis=2))
         scale = cfg.head_dim**-0.5 if cfg.scale_attn_weights else 1.0
         if cfg.scale_attn_by_inverse_layer_idx:
@@ -322,9 +340,11 @@ class Attention(nn.Module):
                 dropout_key=dropout_key,
                 attention=self.attention,
                 mesh=self.mesh,
+                segment_BT=segment_BT,
             )
         std = residual_stddev(cfg)
-        y_BTD = Linear(heads, (cfg.n_embd,), std, *rest, name="c_proj")(att_BTHK)
+        c_proj = Linear(heads, (cfg.n_embd,), std, *rest, name="c_proj")
+        y_BTD = c_proj(att_BTHK, adapter_key(self, dropout_key, 1))
         return y_BTD, None if cache is None else (k, v)
 
 
@@ -334,18 +354,30 @@ class MLP(nn.Module):
     cfg: GPT2Config
     dtype: Any
     param_dtype: Any
+    lora_pdrop: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
         cfg = self.cfg
         d, f, rest = (
             (cfg.n_embd,),
             (cfg.mlp_dim,),
-            (cfg.bias, self.dtype, self.param_dtype),
+            (cfg.bias, self.dtype, self.param_dtype, self.lora_pdrop),
         )
-        h_BTF = Linear(d, f, cfg.initializer_range, *rest, name="c_fc")(x_BTD)
+        c_fc = Linear(d, f, cfg.initializer_range, *rest, name="c_fc")
+        h_BTF = c_fc(x_BTD, adapter_key(self, dropout_key, 0))
         h_BTF = ACTIVATIONS[cfg.activation_function](h_BTF)
-        return Linear(f, d, residual_stddev(cfg), *rest, name="c_proj")(h_BTF)
+        c_proj = Linear(f, d, residual_stddev(cfg), *rest, name="c_proj")
+        return c_proj(h_BTF, adapter_key(self, dropout_key, 1))
+
+
+def adapter_key(module: Any, dropout_key: jax.Array | None, i: int) -> jax.Array | None:
+    """Of the dropout in the i-th adapter of a module; None where there is none."""
+    if dropout_key is None or module.lora_pdrop == 0:
+        return None
+    return jax.random.fold_in(dropout_key, i + 1)
 
 
 class GPT2(nn.Module):
@@ -369,6 +401,7 @@ class GPT2(nn.Module):
       mesh: over which batches are spread in training; None: one device, or left to
         XLA. It tells what XLA does not find by itself; shardings are those of the
         arguments (`gpt2_jax.sharding`).
+      lora_pdrop: dropout of what goes into adapters, where there are some.
     """
 
     cfg: GPT2Config
@@ -378,6 +411,7 @@ class GPT2(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     mesh: Mesh | None = None
+    lora_pdrop: float = 0.0
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -398,6 +432,7 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
         *,
         deterministic: bool = True,
+        segment_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Logits [B, T, V] in float32, and the cache with the T tokens appended.
 
@@ -406,11 +441,16 @@ class GPT2(nn.Module):
             callers that take ids from a user check them first.
           cache: None for a whole sequence from position 0.
           deterministic: False applies dropout, with the rng stream "dropout".
+          segment_BT: int32, where whole sequences hold several texts end to end: a
+            token sees those of its own segment, a run of equal numbers, and positions
+            count from where it begins. None: all is one.
 
         Raises:
           ValueError: when T exceeds n_positions or the size of the cache.
         """
-        hidden_BTD, cache = self.hidden(tokens_BT, cache, deterministic=deterministic)
+        hidden_BTD, cache = self.hidden(
+            tokens_BT, cache, deterministic=deterministic, segment_BT=segment_BT
+        )
         return self.unembed(hidden_BTD), cache
 
     def hidden(
@@ -419,6 +459,7 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
         *,
         deterministic: bool = True,
+        segment_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """As `__call__`, but what comes out of ln_f, [B, T, D]."""
         cfg = self.cfg
@@ -428,6 +469,8 @@ class GPT2(nn.Module):
             what = "n_positions" if cache is None else "the cache size"
             raise ValueError(f"{T=} tokens exceed {what}={limit}")
         positions_BT = jnp.arange(T)[None]
+        if segment_BT is not None:
+            positions_BT = positions_within(segment_BT)
         if cache is not None:
             # A guess past the end of the context is computed and never used.
             positions_BT = positions_BT + cache.length_B[:, None]
@@ -440,11 +483,11 @@ class GPT2(nn.Module):
         x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
         apart = self.scan_layers or self.remat != "none"
         if apart and cache is None and not self.is_initializing():
-            x_BTD = self._apply_layers(x_BTD, key)
+            x_BTD = self._apply_layers(x_BTD, key, segment_BT)
         else:
             kvs = []
             for i, block in enumerate(self.h):
-                x_BTD, kv = block(x_BTD, cache, i, fold(i))
+                x_BTD, kv = block(x_BTD, cache, i, fold(i), segment_BT)
                 kvs.append(kv)
             if cache is not None:
                 k, v = zip(*kvs, strict=True)
@@ -456,17 +499,18 @@ class GPT2(nn.Module):
         return self.wte.attend(hidden_BTD)
 
     def _block(self, **kwargs: Any) -> Block:
-        rest = (self.dtype, self.param_dtype, self.attention, self.mesh)
+        dtypes = self.dtype, self.param_dtype
+        rest = (*dtypes, self.attention, self.mesh, self.lora_pdrop)
         return Block(self.cfg, *rest, **kwargs)
 
-    def _apply_layers(self, x_BTD, key):
+    def _apply_layers(self, x_BTD, key, segment_BT):
         """The blocks as functions of their parameters, for JAX to scan or repeat."""
         block = self._block(parent=None)
 
         def apply(x_BTD, layer):
             params, i = layer
             k = None if key is None else jax.random.fold_in(key, i)
-            return block.apply({"params": params}, x_BTD, None, i, k)
+            return block.apply({"params": params}, x_BTD, None, i, k, segment_BT)
 
         if self.remat != "none":
             # In a scan nothing could take the second computation for the first.
@@ -483,6 +527,13 @@ class GPT2(nn.Module):
         for i in range(self.cfg.n_layer):
             x_BTD, _ = apply(x_BTD, (params[f"h_{i}"], i))
         return x_BTD
+
+
+def positions_within(segment_BT: jax.Array) -> jax.Array:
+    """int32 [B, T]: how far each token is from the first of its segment."""
+    position_T = jnp.arange(segment_BT.shape[1])
+    is_first_BT = jnp.diff(segment_BT, prepend=segment_BT[:, :1]) != 0
+    return position_T - jax.lax.cummax(jnp.where(is_first_BT, position_T, 0), axis=1)
 
 
 def attention_of(model: GPT2, B: int, T: int, *, deterministic: bool) -> str:
@@ -567,6 +618,10 @@ def stack_layers(tree: Any) -> Any:
 def unstack_layers(tree: Any) -> Any:
     """The inverse of `stack_layers`; what is not stacked is left as it is."""
 
+    # What mirrors the params need not have any of their leaves.
+    stacked = (x for p, x in jax.tree_util.tree_leaves_with_path(tree) if is_stacked(p))
+    n_layer = len(next(stacked, ()))
+
     def unstack(params: Params) -> Params:
         if STACKED not in params:
             return params
@@ -574,7 +629,7 @@ def unstack_layers(tree: Any) -> Any:
         rest = {k: v for k, v in params.items() if k != STACKED}
         return rest | {
             f"{LAYER}{i}": jax.tree.map(lambda x, i=i: _layer(x, i), layers)
-            for i in range(len(jax.tree.leaves(layers)[0]))
+            for i in range(n_layer)
         }
 
     return _map_params(unstack, tree)
@@ -582,7 +637,7 @@ def unstack_layers(tree: Any) -> Any:
 
 def _map_params(f: Callable[[Params], Params], tree: Any) -> Any:
     def is_params(x: Any) -> bool:
-        return isinstance(x, dict) and "wte" in x
+        return isinstance(x, dict) and (STACKED in x or f"{LAYER}0" in x)
 
     return jax.tree.map(lambda x: f(x) if is_params(x) else x, tree, is_leaf=is_params)
 

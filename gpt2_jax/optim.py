@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from gpt2_jax.model import DTYPES, Params, is_stacked
+from gpt2_jax.model import DTYPES, LAYER, STACKED, Params, is_stacked
 
 CHOICES = {
     "name": ("adamw", "muon"),
@@ -55,6 +57,7 @@ class OptimConfig:
     ema_decay: float  # of the averaged parameters; 0: none
     max_skipped: int  # updates in a row
     max_loss_z: float  # standard deviations over the mean; 0: no limit
+    lr_scales: tuple[tuple[str, float], ...]  # see `rate_factors`
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -65,7 +68,9 @@ class OptimConfig:
                 )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in CHOICES and not (math.isfinite(value) and value >= 0):
+            if field.name in (*CHOICES, "lr_scales"):
+                continue
+            if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim.{field.name}={value} must be finite and >= 0")
         for name in ("learning_rate", "eps", "clip_norm"):
             if getattr(self, name) == 0:
@@ -90,6 +95,25 @@ class OptimConfig:
                 f"optim.muon_learning_rate={self.muon_learning_rate} must be 0 with "
                 f"optim.name={self.name}"
             )
+        for pattern, factor in self._pairs():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"optim.lr_scales: {pattern!r}: {error}") from None
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ValueError(
+                    f"optim.lr_scales: factor {factor} of {pattern!r} must be finite "
+                    "and >= 0"
+                )
+
+    def _pairs(self) -> list[tuple[str, float]]:
+        try:
+            return [(str(p), float(factor)) for p, factor in self.lr_scales]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"optim.lr_scales={self.lr_scales} must be pairs of a pattern and a "
+                "factor"
+            ) from None
 
 
 def check_same_state(cfg: OptimConfig, saved: Mapping[str, Any]) -> None:
@@ -104,6 +128,19 @@ def check_same_state(cfg: OptimConfig, saved: Mapping[str, Any]) -> None:
                 f"the checkpoint has optim.{name}={theirs}, the config {ours}: choose "
                 "another workdir or the same optimizer"
             )
+    ours, theirs = cfg.lr_scales, saved.get("lr_scales", ())
+    if _frozen_patterns(ours) != _frozen_patterns(theirs):
+        raise ValueError(
+            f"the checkpoint has optim.lr_scales={theirs}, the config {ours}: choose "
+            "another workdir or freeze the same parameters"
+        )
+
+
+def _frozen_patterns(lr_scales: Any) -> list[Any]:
+    """What decides which parameters have no state: a pattern may shadow a later one."""
+    if all(factor for _, factor in lr_scales):
+        return []
+    return [[pattern, not factor] for pattern, factor in lr_scales]
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -197,10 +234,86 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> Optimizer:
 
     The state mirrors the params tree. See `clip_and_guard`.
     """
-    parts = [(_muon if cfg.name == "muon" else _adamw)(cfg, steps)]
+    inner = (_muon if cfg.name == "muon" else _adamw)(cfg, steps)
+    factors = partial(rate_factors, cfg.lr_scales) if cfg.lr_scales else None
+    if factors is not None:
+        inner = _scale_rates(inner, factors)
+    parts = [inner]
     if cfg.ema_decay:
         parts.append(average_params(cfg.ema_decay))
-    return clip_and_guard(optax.chain(*parts), cfg.clip_norm, cfg.max_loss_z)
+    chain = optax.chain(*parts)
+    return clip_and_guard(chain, cfg.clip_norm, cfg.max_loss_z, factors)
+
+
+def rate_factors(
+    lr_scales: Sequence[tuple[str, float]], params: Params
+) -> dict[str, Any]:
+    """The factor of each parameter's learning rate, a tree as theirs.
+
+    That of the first pattern which is found in its path, else 1. Where layers are
+    stacked it is an array with an axis for them: it is the same on either layout.
+
+    Raises:
+      ValueError: on a pattern that is found in no path.
+    """
+    found: set[str] = set()
+
+    def of_path(path: str) -> float:
+        for pattern, factor in lr_scales:
+            if re.search(pattern, path):
+                found.add(pattern)
+                return float(factor)
+        return 1.0
+
+    def of_leaf(path: Any, x: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not is_stacked(path):
+            return of_path(name)
+        layers = [
+            of_path(f"{LAYER}{i}{name.removeprefix(STACKED)}") for i in range(len(x))
+        ]
+        if len(set(layers)) == 1:
+            return layers[0]
+        return np.array(layers, np.float32).reshape(-1, *[1] * (x.ndim - 1))
+
+    factors = jax.tree_util.tree_map_with_path(of_leaf, params)
+    for pattern, _ in lr_scales:
+        if pattern not in found:
+            raise ValueError(
+                f"optim.lr_scales: {pattern!r} is found in no parameter's path, or "
+                "only where one before it is"
+            )
+    return factors
+
+
+def _scale_rates(
+    inner: optax.GradientTransformation, factors: Callable[[Params], Any]
+) -> optax.GradientTransformation:
+    """Updates times their factors; what is frozen in all layers has no state.
+
+    Weight decay is part of the update, so it has the factor too.
+    """
+
+    def trained(params: Params) -> Any:
+        """Whether a parameter is, in this layer or in another: on either layout."""
+        scales = factors(params)
+        kinds: dict[str, bool] = {}
+
+        def kind(path: Any) -> str:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return re.sub(rf"^{LAYER}\d+/", f"{STACKED}/", name)
+
+        for path, x in jax.tree_util.tree_leaves_with_path(scales):
+            kinds[kind(path)] = kinds.get(kind(path), False) or bool(np.any(x))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "trained" if kinds[kind(path)] else "frozen", params
+        )
+
+    def scale(updates: Params, _: Any) -> Params:
+        return jax.tree.map(lambda u, s: u * s, updates, factors(updates))
+
+    parts = {"trained": inner, "frozen": optax.set_to_zero()}
+    return optax.chain(optax.partition(parts, trained), optax.stateless(scale))
 
 
 def _adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -293,7 +406,10 @@ def averaged_params(opt_state: Any) -> Params | None:
 
 
 def clip_and_guard(
-    inner: optax.GradientTransformation, clip_norm: float, max_loss_z: float = 0.0
+    inner: optax.GradientTransformation,
+    clip_norm: float,
+    max_loss_z: float = 0.0,
+    factors: Callable[[Params], Any] | None = None,
 ) -> Optimizer:
     """Clips by global norm, and skips updates that would spoil the run.
 
@@ -306,6 +422,9 @@ def clip_and_guard(
     would make XLA on CPU copy them, where donated they are written where they lie.
     Gradients are multiplied by one number, whether it clips or not, for that melts
     into the update where a selection makes a copy of them: 0.1 s a step at 124M.
+
+    Args:
+      factors: of rates; where they are 0 a gradient has no part in the norm.
     """
 
     def init(params: Params) -> GuardState:
@@ -317,6 +436,8 @@ def clip_and_guard(
     def apply(
         grads: Params, state: GuardState, params: Params, loss: jax.Array
     ) -> tuple[Params, GuardState, jax.Array]:
+        if factors is not None:
+            grads = jax.tree.map(_without_frozen, grads, factors(params))
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(loss)
         if max_loss_z:
@@ -338,6 +459,10 @@ def clip_and_guard(
         return params, GuardState(new_inner, skipped, in_row, losses), norm
 
     return Optimizer(init, apply)
+
+
+def _without_frozen(grad: jax.Array, factor: Any) -> jax.Array:
+    return grad if np.all(factor) else jnp.where(np.asarray(factor) != 0, grad, 0)
 
 
 def guard_counts(opt_state: GuardState) -> dict[str, jax.Array]:

@@ -153,16 +153,14 @@ def plan(
         raise ValueError(f"{n_devices=} exceeds the {len(devices)} CPU devices here")
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh), devices=devices)
     given = cfg.microbatches(cfg.batch_size, mesh)
-    base, known = None, vocab_size
-    if cfg.init_from:
-        source = open_model(cfg.init_from)
-        base, known = source.config, lambda _: source.tokenizer.vocab_size
-    tokenizer = NoTokenizer(known(cfg), 0, "a plan needs none")
+    base = open_model(cfg.init_from) if cfg.init_from else None
+    n_tokens = base.tokenizer.vocab_size if base else vocab_size(cfg)
+    tokenizer = NoTokenizer(n_tokens, 0, "a plan needs none")
     plain = dataclasses.replace(cfg, attention="auto")
-    model = make_model(plain, tokenizer, mesh, base=base)
+    model = make_model(plain, tokenizer, mesh, base=base.config if base else None)
     model = model.clone(scan_layers=True)  # as on accelerators
     optimizer = make_optimizer(cfg.optim, cfg.steps)
-    state = abstract_state(model, optimizer, mesh)
+    state = abstract_state(model, optimizer, mesh, cfg.adapters)
     trials: dict[int, Memory] = {}
 
     most = cfg.batch_size // sharding.n_batch_shards(mesh)
@@ -225,15 +223,24 @@ def compile_step(
     """The train step of a run, for a state of abstract leaves."""
     step = jit_step(cfg, model, optimizer, state, mesh, n_valid)
     microbatches = cfg.microbatches(cfg.batch_size, mesh)
-    tokens_ABT = jax.ShapeDtypeStruct(
-        (microbatches, cfg.batch_size // microbatches, cfg.block_size + 1),
-        jnp.int32,
-        sharding=sharding.batch_sharding(mesh, ndim=3, axis=1),
+    rows, T = cfg.batch_size // microbatches, cfg.block_size
+    spread = sharding.batch_sharding(mesh, ndim=3, axis=1)
+    tokens_ABT, segment_ABT = (
+        jax.ShapeDtypeStruct((microbatches, rows, size), jnp.int32, sharding=spread)
+        for size in (T + 1, T)
     )
+    base = abstract_state(model, optimizer, mesh).params if cfg.adapters else None
+    is_sft = cfg.data.kind == "sft"
+    segments = segment_ABT if is_sft or cfg.data.packing == "documents" else None
+    masks = None
+    if is_sft:
+        masks = jax.ShapeDtypeStruct(segment_ABT.shape, jnp.bool_, sharding=spread)
     # Memory is assigned before machine code is made; nobody runs that, so it may be
     # slow: this halves the time of compilation.
     options: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    return step.lower(state, tokens_ABT).compile(compiler_options=options)
+    return step.lower(state, tokens_ABT, masks, segments, base).compile(
+        compiler_options=options
+    )
 
 
 def memory_of(step: jax.stages.Compiled) -> Memory:

@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, P], ...] = (
     ("mlp/c_proj/weight", P("fsdp", "tensor")),
     ("wte/scale", P("tensor")),
     ("(c_attn|c_proj|c_fc)/(bias|scale)", P()),
+    ("(c_attn|c_proj|c_fc)/lora_(a|b)", P()),
     ("(ln_1|ln_2|ln_f)/(scale|bias)", P()),
     ("ns_coeffs", P()),  # three constants in the state of optax's Muon
 )

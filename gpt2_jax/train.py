@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -10,10 +11,11 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import numpy as np
@@ -24,17 +26,28 @@ from tqdm import tqdm
 from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, sharding
 from gpt2_jax.attention import check_attention
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.loader import TokenDataset, eval_batches, train_examples
-from gpt2_jax.data.prepare import prepared_folder
+from gpt2_jax.data.loader import (
+    PACKINGS,
+    Batch,
+    Examples,
+    TextExamples,
+    mixture_shares,
+)
+from gpt2_jax.data.prepare import build_tokenizer, load_index, prepared_folder
+from gpt2_jax.data.sft import check_template, sft_splits
 from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.generate import generate
+from gpt2_jax.interop.formats import load_base
+from gpt2_jax.lora import LoraConfig, with_adapters
 from gpt2_jax.model import (
     GPT2,
     Params,
+    abstract_params,
     attention_of,
     count_params,
     dtype_named,
     remat_policy,
+    stack_layers,
     unstack_layers,
 )
 from gpt2_jax.options import Options
@@ -54,15 +67,52 @@ from gpt2_jax.train_step import (
     train_step,
 )
 
+T = TypeVar("T")
+
+KINDS = ("text", "sft")  # of data
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the text is from; see configs/default.py for each field."""
 
+    kind: str
+    template: str
     path: str
     tokenizer: str
+    mixture: tuple[tuple[str, float], ...]
+    packing: str
     vocab_size: int
     splits: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name, choices in (("packing", PACKINGS), ("kind", KINDS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"data.{name}={value!r} is not one of {', '.join(choices)}"
+                )
+        if self.template:
+            check_template(self.template)
+        if self.kind == "sft" and not self.path:
+            raise ValueError("data.kind=sft needs data.path, a file of examples")
+        if self.kind == "text" and self.template:
+            raise ValueError(f"data.template={self.template!r} is for data.kind=sft")
+        if not self.mixture:
+            return
+        try:
+            paths = [str(path) for path, _ in self.mixture]
+            weights = [float(weight) for _, weight in self.mixture]
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"data.mixture={self.mixture} must be pairs of a prepared folder and "
+                "its weight"
+            ) from None
+        if self.path:
+            raise ValueError(f"data.path={self.path} and data.mixture: give one")
+        mixture_shares(weights)
+        if twice := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ValueError(f"data.mixture names {twice[0]} twice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +126,7 @@ class MeshConfig:
 class EvalConfig:
     every: int
     examples: int
+    patience: int
     sample_tokens: int
     sample_prompt: str
 
@@ -108,6 +159,7 @@ class TrainConfig:
     model: Mapping[str, Any]  # GPT2Config's fields; vocab_size 0: the tokenizer's
     data: DataConfig
     optim: optim.OptimConfig
+    lora: LoraConfig
     mesh: MeshConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
@@ -126,6 +178,7 @@ class TrainConfig:
             ("seed", self.seed),
             ("device_batch_size", self.device_batch_size),
             ("eval.examples", self.eval.examples),
+            ("eval.patience", self.eval.patience),
             ("eval.sample_tokens", self.eval.sample_tokens),
             ("model.vocab_size", self.model["vocab_size"]),
             ("model.n_positions", self.model["n_positions"]),
@@ -144,6 +197,15 @@ class TrainConfig:
                 f"block_size={self.block_size} exceeds "
                 f"model.n_positions={self.model['n_positions']}"
             )
+        if self.lora.rank and not self.init_from:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} adapts nothing: set init_from"
+            )
+        if self.lora.rank and self.optim.name == "muon":
+            raise ValueError(
+                f"optim.name=muon is for kernels, and lora.rank={self.lora.rank} "
+                "trains none"
+            )
         dtype_named(self.dtype)
         check_attention(self.attention)
         remat_policy(self.remat)
@@ -155,6 +217,7 @@ class TrainConfig:
         sections = {
             "data": DataConfig,
             "optim": optim.OptimConfig,
+            "lora": LoraConfig,
             "mesh": MeshConfig,
             "eval": EvalConfig,
             "checkpoint": CheckpointConfig,
@@ -162,6 +225,11 @@ class TrainConfig:
         return cls(
             **{k: sections[k](**v) if k in sections else v for k, v in values.items()}
         )
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """None where all parameters are trained."""
+        return self.lora if self.lora.rank else None
 
     def batch(self, step: int) -> range:
         """The numbers of the examples of the batch of a step, the run's first being 0.
@@ -210,6 +278,7 @@ class Result:
 
     step: int
     val_loss: float | None  # of the last evaluation in this call
+    best_step: int | None  # of the least validation loss, in this call or before
     signal: int | None  # the signal that ended it before its last step
 
 
@@ -241,26 +310,43 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
     distributed.check_shared(workdir)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    data_folder = distributed.first_alone(lambda: _prepare_data(cfg, workdir, source))
-    tokenizer = load_tokenizer(data_folder / "tokenizer")
+    tokenizer, data = distributed.first_alone(lambda: open_data(cfg, workdir, source))
     if source is not None:
         finetune.check_tokenizer(tokenizer, source.tokenizer)
     base = source.config if source else begun.model if begun else None
     model = make_model(cfg, tokenizer, mesh, base=base)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
     with StopSignals() as stop:
-        state = resume(cfg, model, optimizer, mesh, tokenizer, folder)
-        if state is None and source is not None:
-            differ = changes(dataclasses.asdict(source.config), dict(vars(model.cfg)))
-            for name, (old, new) in differ.items():
-                _note(f"{name} of {cfg.init_from} was {old} and is now {new}")
-            params = finetune.load_params(source, model.cfg, tokenizer, mesh, cfg.seed)
-            state = state_of(params, model, optimizer, mesh)
-        elif state is None:
-            state = init_state(model, optimizer, mesh, cfg.seed)
+        resumed = resume(cfg, model, optimizer, mesh, tokenizer, folder)
+        adapted: tuple[Params, Mapping[str, Any]] | None = None
+        if resumed is not None:
+            contract, state = resumed
+            if contract.base is not None:
+                places = sharding.tree_shardings(abstract_params(model.cfg), mesh)
+                params = load_base(contract.base, places, f"{workdir} adapts")
+                adapted = params, contract.base
+        else:
+            contract = None
+            if source is not None:
+                _note_changes(cfg.init_from, source.config, model.cfg)
+            if source is not None and cfg.adapters:
+                adapted = finetune.adapted(
+                    cfg.init_from, source, model, tokenizer, mesh
+                )
+            if source is not None and not cfg.adapters:
+                params = finetune.load_params(
+                    source, model.cfg, tokenizer, mesh, cfg.seed
+                )
+                state = state_of(params, model, optimizer, mesh)
+            else:
+                state = init_state(model, optimizer, mesh, cfg.seed, cfg.adapters)
         checkpoints = checkpoint.Checkpoints(folder, keep_last=cfg.checkpoint.keep_last)
         try:
-            run = _Run(cfg, workdir, mesh, data_folder, tokenizer, model, checkpoints)
+            run = _Run(cfg, workdir, mesh, data, tokenizer, model, checkpoints)
+            if adapted is not None:
+                run.adapt(*adapted)
+            if contract is not None and contract.best is not None:
+                run.best = Best(**contract.best)
             return run.loop(state, optimizer, stop)
         except BaseException as error:
             if distributed.is_lost_peer(error):
@@ -270,22 +356,79 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
             checkpoints.close()
 
 
-def _prepare_data(
-    cfg: TrainConfig, workdir: Path, source: finetune.Source | None
-) -> Path:
-    """The folder of token shards, its tokenizer by default that of `source`."""
-    kind, vocab_size = cfg.data.tokenizer, cfg.data.vocab_size or None
+def _note_changes(what: str, old: GPT2Config, new: GPT2Config) -> None:
+    differ = changes(dataclasses.asdict(old), dataclasses.asdict(new))
+    for name, (before, now) in differ.items():
+        _note(f"{name} of {what} was {before} and is now {now}")
+
+
+def open_data(
+    cfg: TrainConfig, workdir: Path, source: finetune.Source | None = None
+) -> tuple[Tokenizer, dict[str, Examples]]:
+    """The tokenizer of a run, and the splits that it is trained and evaluated on.
+
+    Text is prepared in the workdir. Nothing else is written there but the tokenizer of
+    `source`, which is used unless the config names another.
+    """
+    data, kind = cfg.data, cfg.data.tokenizer
+    vocab_size = data.vocab_size or None
     if not kind and cfg.init_from:
         kind, vocab_size = str(workdir / "tokenizer"), None
         if source is not None and not isinstance(source.tokenizer, NoTokenizer):
             save_tokenizer(source.tokenizer, workdir / "tokenizer")
-    return prepared_folder(
-        cfg.data.path or None,
-        workdir / "data",
-        tokenizer=kind or "sentencepiece",
-        vocab_size=vocab_size,
-        splits=cfg.data.splits,
+    kind = kind or "sentencepiece"
+    if data.kind == "sft":
+        if kind in ("sentencepiece", "char"):
+            raise ValueError(
+                f"data.tokenizer={kind} is not trained on examples: give bytes, a "
+                "path, or init_from"
+            )
+        tokenizer = build_tokenizer(kind, vocab_size=vocab_size)
+        _check_unchanged(Path(data.path), workdir)
+        splits, n_cut = sft_splits(
+            data.path,
+            tokenizer,
+            template=data.template,
+            fractions=data.splits,
+            block_size=cfg.block_size,
+            seed=cfg.seed,
+        )
+        if n_cut:
+            _note(f"{n_cut} examples of more than block_size + 1 tokens were cut")
+        return tokenizer, dict(splits)
+    folders = [Path(path) for path, _ in data.mixture] or [
+        prepared_folder(
+            data.path or None,
+            workdir / "data",
+            tokenizer=kind,
+            vocab_size=vocab_size,
+            splits=data.splits,
+        )
+    ]
+    examples = partial(
+        TextExamples,
+        folders,
+        block_size=cfg.block_size,
+        seed=cfg.seed,
+        weights=[weight for _, weight in data.mixture],
+        packing=data.packing,
     )
+    splits_there = load_index(folders[0]).splits
+    tokenizer = load_tokenizer(folders[0] / "tokenizer")
+    return tokenizer, {split: examples(split) for split in splits_there}
+
+
+def _check_unchanged(path: Path, workdir: Path) -> None:
+    """Raises ValueError when a file of examples is not what a run began with."""
+    if not path.is_file():
+        return  # which is said elsewhere
+    mark, digest = workdir / "examples.sha256", hashlib.sha256(path.read_bytes())
+    if not (workdir / "checkpoints").is_dir():
+        mark.write_text(digest.hexdigest())
+    elif mark.exists() and mark.read_text() != digest.hexdigest():
+        raise ValueError(
+            f"{path} has changed since this run began: choose another workdir"
+        )
 
 
 def make_model(
@@ -323,7 +466,10 @@ def make_model(
         remat=cfg.remat,
         attention=cfg.attention,
         mesh=mesh,
+        lora_pdrop=cfg.lora.dropout if cfg.adapters else 0.0,
     )
+    if cfg.adapters:
+        cfg.adapters.check_fits(config)
     rows = cfg.batch_size
     if mesh is not None:
         rows //= cfg.microbatches(rows, mesh)
@@ -352,8 +498,8 @@ def resume(
     mesh: Mesh,
     tokenizer: Tokenizer,
     folder: Path,
-) -> TrainState | None:
-    """The state of the latest sound checkpoint in `folder`, None where there is none.
+) -> tuple[checkpoint.Contract, TrainState] | None:
+    """The latest sound checkpoint in `folder`, None where there is none.
 
     A damaged one is named on stderr and set aside, and the one before is taken.
 
@@ -361,7 +507,8 @@ def resume(
       DamagedCheckpointError: when each of them is damaged.
       ValueError: when it is of another model or tokenizer, or has gone further.
     """
-    saved = abstract_state(model.clone(scan_layers=False), optimizer, mesh)
+    unstacked = model.clone(scan_layers=False)
+    saved = abstract_state(unstacked, optimizer, mesh, cfg.adapters)
     abstract = checkpoint.as_tree(saved)
     check = partial(_check_contract, cfg, model, tokenizer)
     found = checkpoint.latest_sound(folder, abstract, check)
@@ -371,7 +518,9 @@ def resume(
     for name, (old, new) in changes(contract.run, plain(cfg)).items():
         _note(f"{name} was {old} and is now {new}")
     state = TrainState(**tree)
-    return stack_state(state, model, optimizer, mesh) if model.scan_layers else state
+    if model.scan_layers:
+        state = stack_state(state, model, optimizer, mesh, cfg.adapters)
+    return contract, state
 
 
 def _check_contract(
@@ -395,6 +544,13 @@ def _check_contract(
             "workdir or the same data"
         )
     optim.check_same_state(cfg.optim, contract.run["optim"])
+    ours, theirs = plain(cfg)["lora"], contract.run.get("lora", {"rank": 0})
+    for name in ("rank", "alpha", "kernels") if ours["rank"] else ("rank",):
+        if ours[name] != theirs.get(name):
+            raise ValueError(
+                f"checkpoint {folder} has lora.{name}={theirs.get(name)}, the config "
+                f"{ours[name]}: choose another workdir or the same adapters"
+            )
     if contract.step > cfg.steps:
         raise ValueError(f"checkpoint {folder} is past steps={cfg.steps}")
 
@@ -402,6 +558,15 @@ def _check_contract(
 def _note(text: str) -> None:
     if distributed.is_first():
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The evaluation of least loss, and how many came since."""
+
+    step: int
+    val_loss: float
+    since: int = 0
 
 
 class _Run:
@@ -412,7 +577,7 @@ class _Run:
         cfg: TrainConfig,
         workdir: Path,
         mesh: Mesh,
-        data_folder: Path,
+        data: Mapping[str, Examples],
         tokenizer: Tokenizer,
         model: GPT2,
         checkpoints: checkpoint.Checkpoints,
@@ -423,18 +588,29 @@ class _Run:
         self.tokenizer = tokenizer
         self.model = model
         self.checkpoints = checkpoints
-        self.dataset = TokenDataset(data_folder, "train")
-        self.data_folder = data_folder
-        self.validation = (
-            TokenDataset(data_folder, "validation")
-            if "validation" in self.dataset.index.splits
-            else None
-        )
+        self.examples = data["train"]
+        self.validation = data.get("validation")
         self.n_valid = tokenizer.vocab_size
         self.eval_step = make_eval_step(model, self.n_valid)
         self.writes = distributed.is_first()
         self.val_loss: float | None = None
+        self.best: Best | None = None
+        self.base: Params | None = None  # what the params of a state are adapters of
+        self.base_said: Mapping[str, Any] | None = None
+        if cfg.eval.patience and self.validation is None:
+            raise ValueError(
+                f"eval.patience={cfg.eval.patience} needs a validation split"
+            )
         self._clock: float | None = None  # when the last step was seen to end
+
+    def adapt(self, base: Params, said: Mapping[str, Any]) -> None:
+        """Makes the run one of adapters of `base`, which has an entry a layer."""
+        if self.model.scan_layers:
+            places = sharding.tree_shardings(
+                jax.eval_shape(stack_layers, base), self.mesh
+            )
+            base = jax.jit(stack_layers, out_shardings=places)(base)
+        self.base, self.base_said = base, said
 
     def loop(
         self, state: TrainState, optimizer: optim.Optimizer, stop: "StopSignals"
@@ -443,13 +619,17 @@ class _Run:
         start = int(state.step)
         self._open(state, start)
         step_fn = jit_step(cfg, self.model, optimizer, state, self.mesh, self.n_valid)
+        make = partial(global_batch, self.examples, cfg, self.mesh)
+        self._batches = Ahead(make, range(start, cfg.steps))
         try:
             if start == 0:
-                self._evaluate(state, 0)
+                val_loss = self._evaluate(state, 0)
+                if cfg.eval.patience:
+                    self._save(state, val_loss)
             pending = None  # the metrics of the step that the device is at
-            for step in range(start, cfg.steps):
-                tokens = global_batch(self.dataset, cfg, self.mesh, step)
-                state, fresh = step_fn(state, tokens)
+            for step in range(start, start if self._exhausted else cfg.steps):
+                batch = self._batches.get(step)
+                state, fresh = step_fn(state, *batch, self.base)
                 self._log(pending)
                 pending = (step + 1, fresh)
                 last = stop.requested(step + 1) or step + 1 == cfg.steps
@@ -461,6 +641,8 @@ class _Run:
                 val_loss = None
                 if evaluated and stop.received is None:
                     val_loss = self._evaluate(state, step + 1)
+                    last |= self._exhausted
+                    saved |= last or self._is_best_to_keep(step + 1)
                 if saved:
                     self._save(state, val_loss)
                 if evaluated or saved:
@@ -470,21 +652,37 @@ class _Run:
             self.checkpoints.wait()
             return self._close(int(state.step), stop.received)
         finally:
+            self._batches.close()
             self._bar.close()
             if self._writer is not None:
                 self._writer.close()
+
+    @property
+    def _exhausted(self) -> bool:
+        """Whether evaluations have not got better for too long."""
+        patience = self.cfg.eval.patience
+        return bool(patience and self.best and self.best.since >= patience)
+
+    def _is_best_to_keep(self, step: int) -> bool:
+        return bool(self.cfg.eval.patience and self.best and self.best.step == step)
 
     def _open(self, state: TrainState, start: int) -> None:
         cfg, shape = self.cfg, self.mesh.shape
         if self.writes:
             (self.workdir / "config.json").write_text(json.dumps(plain(cfg), indent=1))
-        n_params = count_params(state.params)
-        self._flops = metrics.flops_per_token(self.model.cfg, n_params, cfg.block_size)
+        n_params = n_trained = count_params(state.params)
+        per_param = 6
+        if self.base is not None:
+            n_params += count_params(self.base)
+            per_param = 4  # most have no gradient
+        self._flops = metrics.flops_per_token(
+            self.model.cfg, n_params, cfg.block_size, per_param=per_param
+        )
         peak, source = metrics.peak_flops(self.model.dtype)
         self._peak = peak * self.mesh.size
         self._schedule = optim.schedule(cfg.optim, cfg.steps)
-        # (tokens, seconds) of the steps since the last record
-        self._recent: list[tuple[int, float]] = []
+        # tokens, seconds and those waited for data, of the steps since the last record
+        self._recent: list[tuple[int, float, float]] = []
         self._writer = metrics.Writer(self.workdir, start) if self.writes else None
         on_terminal = sys.stderr.isatty() and self.writes
         self._bar = tqdm(
@@ -499,7 +697,9 @@ class _Run:
         rows = cfg.batch_size // cut
         attention = attention_of(self.model, rows, cfg.block_size, deterministic=False)
         self._say(
-            f"{n_params:,} parameters, {len(self.dataset):,} training tokens, "
+            f"{n_params:,} parameters, "
+            + (f"{n_trained:,} of them trained, " if n_trained < n_params else "")
+            + f"{len(self.examples):,} training tokens, "
             f"vocabulary {self.model.cfg.vocab_size} ({self.tokenizer.kind})"
         )
         self._say(
@@ -508,8 +708,8 @@ class _Run:
             f"{cfg.batch_size} x {cfg.block_size} tokens a step, microbatches {cut}"
         )
         self._say(
-            f"MFU = tokens/s x (6N + 12LDT) / peak, peak {self._peak / 1e12:.3g} "
-            f"TFLOP/s ({source})"
+            f"MFU = tokens/s x ({per_param}N + 12LDT) / peak, peak "
+            f"{self._peak / 1e12:.3g} TFLOP/s ({source})"
         )
         if start:
             self._say(f"resumed at step {start} of {cfg.steps} in {self.workdir}")
@@ -520,10 +720,10 @@ class _Run:
             return
         step, arrays = pending
         values = {name: float(x) for name, x in jax.device_get(arrays).items()}
-        now = time.perf_counter()
+        now, waited = time.perf_counter(), self._batches.take_waited()
         if self._clock is not None:
             tokens = len(self.cfg.batch(step - 1)) * self.cfg.block_size
-            self._recent.append((tokens, now - self._clock))
+            self._recent.append((tokens, now - self._clock, waited))
         self._clock = now
         self._check_skipped(step, values)
         self._bar.update(step - self._bar.n)
@@ -536,11 +736,12 @@ class _Run:
         updates = step - int(values["skipped"])
         values["learning_rate"] = float(self._schedule(max(updates - 1, 0)))
         if self._recent:
-            tokens, seconds = np.sum(self._recent, axis=0).tolist()
+            tokens, seconds, waited = np.sum(self._recent, axis=0).tolist()
             rate = tokens / seconds
             values["step_seconds"] = seconds / len(self._recent)
             values["tokens_per_second"] = rate
             values["mfu"] = rate * self._flops / self._peak
+            values["data_wait"] = waited / seconds
             self._recent.clear()
         self._write(step, **values)
         if self._bar.disable:
@@ -570,17 +771,19 @@ class _Run:
         """Validation loss over the same batches each time, and a sample if asked."""
         cfg = self.cfg
         params = optim.averaged_params(state.opt_state) or state.params
+        if self.base is not None:
+            params = with_adapters(self.base, params, self.cfg.lora)
         if self.validation is not None:
             cut = cfg.microbatches(cfg.batch_size, self.mesh)
             batch_size = cfg.batch_size // cut
-            batches = eval_batches(
-                self.validation,
-                batch_size=batch_size,
-                block_size=cfg.block_size,
-                max_examples=cfg.eval.examples or None,
-            )
+            batches = self.validation.evaluation(batch_size, cfg.eval.examples or None)
             result = evaluate(params, batches, step=self.eval_step, mesh=self.mesh)
             self.val_loss = result.loss
+            if self.best is None or result.loss < self.best.val_loss:
+                self.best = Best(step, result.loss)
+            else:
+                best = self.best
+                self.best = dataclasses.replace(best, since=best.since + 1)
             self._write(step, val_loss=result.loss)
             self._say(
                 f"step {step}/{cfg.steps}: validation loss {result.loss:.4f}, "
@@ -620,12 +823,17 @@ class _Run:
             run=plain(self.cfg),
             tokenizer=self.tokenizer,
             val_loss=val_loss,
+            base=self.base_said,
+            best=None if self.best is None else dataclasses.asdict(self.best),
         )
 
     def _close(self, step: int, received: int | None) -> Result:
         self._bar.close()
+        result = Result(
+            step, self.val_loss, None if self.best is None else self.best.step, received
+        )
         if not self.writes:
-            return Result(step, self.val_loss, received)
+            return result
         curve = self.workdir / "loss.png"
         metrics.plot_losses(self.workdir / "metrics.jsonl", curve)
         if received is not None:
@@ -634,9 +842,16 @@ class _Run:
                 f"{name}: stopped at step {step} of {self.cfg.steps}, checkpoint "
                 f"saved. To resume: {shlex.join([sys.executable, *sys.argv])}"
             )
-        else:
-            print(f"done: step {step}, run in {self.workdir}, loss curve in {curve}")
-        return Result(step, self.val_loss, received)
+            return result
+        if self.best is not None:
+            print(
+                f"least validation loss {self.best.val_loss:.4f}, at step "
+                f"{self.best.step}"
+            )
+        if self._exhausted:
+            print(f"stopped early: eval.patience={self.cfg.eval.patience}")
+        print(f"done: step {step}, run in {self.workdir}, loss curve in {curve}")
+        return result
 
     def _write(self, step: int, **values: float) -> None:
         if self._writer is not None:
@@ -652,26 +867,70 @@ class _Run:
 
 
 def global_batch(
-    dataset: TokenDataset, cfg: TrainConfig, mesh: Mesh, step: int
-) -> jax.Array:
-    """The batch of a step, int32 [A, B, T + 1], B spread over the mesh.
+    source: Examples, cfg: TrainConfig, mesh: Mesh, step: int
+) -> tuple[jax.Array | None, ...]:
+    """The batch of a step as `train_step` takes it: tokens, mask and segments.
 
-    Example i of the batch is [i // B, i % B]; each host reads only the rows of its own
-    devices.
+    Tokens are int32 [A, B, T + 1], B spread over the mesh. Example i of the batch is
+    [i // B, i % B]; each host reads only the rows of its own devices.
     """
     examples = np.array(cfg.batch(step))
     number_AB = examples.reshape(cfg.microbatches(len(examples), mesh), -1)
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        mine_AB = number_AB if index is None else number_AB[index[:2]]
-        tokens = train_examples(
-            dataset, mine_AB.ravel(), seed=cfg.seed, block_size=cfg.block_size
-        )
-        return tokens.reshape(*mine_AB.shape, -1)
-
-    shape = (*number_AB.shape, cfg.block_size + 1)
     spread = sharding.batch_sharding(mesh, ndim=3, axis=1)
-    return jax.make_array_from_callback(shape, spread, read)
+    parts: dict[bytes, Batch] = {}  # what the devices here hold, each read once
+
+    def read(field: int, index: tuple[slice, ...]) -> np.ndarray:
+        mine_AB = number_AB[index[:2]]
+        key = mine_AB.tobytes()
+        if key not in parts:
+            parts[key] = source.train(mine_AB.ravel())
+        array = parts[key][field]
+        assert array is not None
+        return array.reshape(*mine_AB.shape, -1)
+
+    length = cfg.block_size
+    arrays: list[jax.Array | None] = []
+    for field, size in enumerate((length + 1, length, length)):  # as of Batch
+        if any(part[field] is None for part in parts.values()):
+            arrays.append(None)
+            continue
+        shape, of_field = (*number_AB.shape, size), partial(read, field)
+        arrays.append(jax.make_array_from_callback(shape, spread, of_field))
+    return tuple(arrays)
+
+
+class Ahead(Generic[T]):
+    """Makes the batch of the next step in a thread, while this one is computed."""
+
+    def __init__(self, make: Callable[[int], T], steps: range) -> None:
+        self._make, self._steps = make, steps
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._coming: dict[int, Future[T]] = {}
+        self._waited = 0.0
+
+    def get(self, step: int) -> T:
+        """The batch of one of the steps, in whose order they are asked for."""
+        start = time.perf_counter()
+        batch = self._submit(step).result()
+        del self._coming[step]
+        if step + 1 in self._steps:
+            self._submit(step + 1)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def _submit(self, step: int) -> Future[T]:
+        if step not in self._coming:
+            self._coming[step] = self._pool.submit(self._make, step)
+        return self._coming[step]
+
+    def take_waited(self) -> float:
+        """Seconds that `get` took since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def jit_step(
@@ -682,7 +941,7 @@ def jit_step(
     mesh: Mesh,
     n_valid: int,
 ) -> Any:
-    """The train step, jitted: (state, tokens) -> (state, metrics); donates the state.
+    """The train step, jitted: (state, *batch) -> (state, metrics); donates the state.
 
     Args:
       state: for its shardings, which stay what they are; abstract leaves will do.
@@ -695,6 +954,7 @@ def jit_step(
             optimizer=optimizer,
             seed=cfg.seed,
             n_valid=n_valid,
+            lora=cfg.adapters,
         ),
         donate_argnums=0,
         out_shardings=(

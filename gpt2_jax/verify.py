@@ -43,6 +43,7 @@ OPTIM = OptimConfig(
     ema_decay=0.0,
     max_skipped=0,
     max_loss_z=0.0,
+    lr_scales=(),
 )
 
 

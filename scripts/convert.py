@@ -18,7 +18,7 @@ _MODEL = flags.DEFINE_string(
 )
 _TO = flags.DEFINE_enum("to", None, FORMATS, "The format.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder or file to make.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Of a run; none: the latest.")
+_STEP = flags.DEFINE_string("step", None, "Of a run: number or best; none: latest.")
 _REVISION = flags.DEFINE_string("revision", None, "Of a model on the hub.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16, of the file.")
 _MAX_SHARD_BYTES = flags.DEFINE_integer("max_shard_bytes", 5 * 10**9, "Of hf's files.")

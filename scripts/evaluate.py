@@ -9,7 +9,7 @@ from gpt2_jax import cli
 from gpt2_jax.evaluate import evaluate_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; none: the latest.")
+_STEP = flags.DEFINE_string("step", None, "Of a run: number or best; none: latest.")
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Examples at a time.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32, bfloat16 or int8.")

@@ -12,7 +12,7 @@ from gpt2_jax import cli
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of a run, or whatever gpt2_jax.load takes.", required=True
 )
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; none: the latest.")
+_STEP = flags.DEFINE_string("step", None, "Of a run: number or best; none: latest.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to go on from; repeatable.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32, bfloat16 or int8.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print each text as it comes.")

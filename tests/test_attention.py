@@ -103,6 +103,35 @@ def test_scales_that_are_traced_are_the_same_ones(monkeypatch):
     np.testing.assert_array_equal(traced(*qkv, scale=0.125), constant)
 
 
+def segments_of(lengths):
+    return np.repeat(np.arange(len(lengths)), lengths)[None].astype(np.int32)
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["xla", "pallas"])
+def test_a_token_sees_its_own_segment_only(interpret):
+    """As if each segment stood alone."""
+    segment = np.concatenate([segments_of([128, 64, 64]), segments_of([3, 250, 3])])
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, LONG, 2, 64))
+    if interpret:
+        attend = partial(
+            attention._by_pallas,
+            interpret=True,
+            mesh=make_mesh(2, 1, 2, devices=jax.devices()[:4]),
+        )
+        out = jax.jit(lambda *x: attend(*x[:3], 0.125, segment_BT=x[3]))(
+            q, k, v, segment
+        )
+    else:
+        out = causal_attention(q, k, v, scale=0.125, segment_BT=segment)
+    for row in range(2):
+        for i in np.unique(segment[row]):
+            own = np.flatnonzero(segment[row] == i)
+            part = [x[row : row + 1, own] for x in (q, k, v)]
+            alone = causal_attention(*part, scale=0.125)
+            # sums of up to 250 terms in another order
+            np.testing.assert_allclose(out[row, own], alone[0], atol=2e-6)
+
+
 SHAPE = (8, 256, 12, 64)
 
 

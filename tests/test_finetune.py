@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import gpt2_jax
 from gpt2_jax import checkpoint
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.evaluate import evaluate_run
 from gpt2_jax.finetune import check_tokenizer, load_params, resized
 from gpt2_jax.interop.formats import Source, convert
 from gpt2_jax.metrics import read_metrics
@@ -164,3 +166,145 @@ def test_a_tokenizer_of_other_ids_is_refused(tokenizer, message):
         check_tokenizer(tokenizer, gpt2_tokenizer("<a>"))
     characters = [CharTokenizer("ab"), CharTokenizer("ba")]
     check_tokenizer(*characters[:1] * 2)
+
+
+ADAPT = {**TUNE, "lora__rank": 2, "optim__learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module")
+def adapted(base, texts, tmp_path_factory):
+    """A run that adapts the first one to the second text."""
+    workdir = tmp_path_factory.mktemp("adapted") / "run"
+    values = {**ADAPT, "data__path": str(texts / "two.txt"), "optim__ema_decay": 0.5}
+    train(config(**values, init_from=str(base)), workdir)
+    return workdir, values
+
+
+def test_an_adapted_run_loads_merged(base, adapted, texts):
+    workdir, _ = adapted
+    lm = gpt2_jax.load(workdir)
+    assert lm.params["h_0"]["mlp"]["c_fc"].keys() == {"kernel", "bias"}
+    before = gpt2_jax.load(base).params
+    np.testing.assert_array_equal(
+        lm.params["wte"]["embedding"], before["wte"]["embedding"]
+    )
+    result, _ = evaluate_run(workdir, "validation", batch_size=8)
+    all_targets = val_losses(workdir)
+    assert all_targets[-1] < all_targets[0] - 0.01
+    # evaluated over 8 examples there, here over all: much the same text
+    assert result.loss == pytest.approx(all_targets[-1], abs=0.1)
+    # the state is small: no moments, nor a copy, of what is not trained
+    sizes = [
+        sum(p.stat().st_size for p in (d / "checkpoints/6/state").rglob("*"))
+        for d in (workdir, base)
+    ]
+    assert sizes[0] < sizes[1] / 2
+
+
+def test_adapters_are_merged_into_files_of_other_programs(adapted, tmp_path):
+    workdir, _ = adapted
+    convert(workdir, "hf", tmp_path / "out")
+    ours, theirs = (gpt2_jax.load(path).params for path in (workdir, tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_adapters_resume_and_miss_their_base(base, adapted, texts, tmp_path):
+    _, values = adapted
+    constant = {**values, "optim__schedule": "constant"}
+    moved = shutil.copytree(base, tmp_path / "base")
+    cfg = config(**constant, init_from=str(moved))
+    cut = config(**constant | {"steps": 3}, init_from=str(moved))
+    train(cfg, tmp_path / "whole")
+    train(cut, tmp_path / "cut")
+    train(cfg, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"has lora.rank=2, the config 3"):
+        train(
+            dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=3)),
+            tmp_path / "cut",
+        )
+    # another model in the place of the base, and none
+    other = checkpoint.find_step(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"checkpoint .* holds adapters of .*base: no such folder"
+    ):
+        gpt2_jax.load(tmp_path / "cut")
+    train(config(**RUN, seed=1, data__path=str(texts / "one.txt")), tmp_path / "base")
+    assert other.exists()
+    with pytest.raises(ValueError, match=r"base, whose parameters are others now"):
+        gpt2_jax.load(tmp_path / "cut")
+
+
+def test_adapters_need_a_base_as_it_is(base, texts, tmp_path):
+    values = {**ADAPT, "data__path": str(texts / "two.txt")}
+    with pytest.raises(ValueError, match=r"lora.rank=2 adapts nothing: set init_from"):
+        config(**values)
+    with pytest.raises(ValueError, match=r"optim.name=muon is for kernels"):
+        config(**values, init_from=str(base), optim__name="muon")
+    with pytest.raises(ValueError, match=r"vocab_size 257 of .* can't become 300"):
+        train(
+            config(**values, init_from=str(base), model__vocab_size=300),
+            tmp_path / "run",
+        )
+    with pytest.raises(ValueError, match=r"lora.rank=17 exceeds 16, a side of"):
+        train(
+            config(**{**values, "lora__rank": 17}, init_from=str(base)),
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_patience_ends_a_run_and_the_best_is_kept(texts, tmp_path, capsys):
+    values = {
+        **RUN,
+        **{"steps": 60, "eval__every": 2, "checkpoint__every": 50},
+        **{"checkpoint__keep_last": 1, "eval__patience": 3, "eval__examples": 0},
+        **{"optim__learning_rate": 0.5, "optim__min_learning_rate": 0.5},
+        "data__path": str(texts / "one.txt"),
+    }
+    result = train(config(**values), tmp_path / "run")  # at a rate that diverges
+    out = capsys.readouterr().out
+    found = val_losses(tmp_path / "run")
+    best = int(np.argmin(found))
+    assert result.step == 2 * (best + 3) < 60
+    assert result.best_step == 2 * best
+    assert f"least validation loss {found[best]:.4f}, at step {2 * best}" in out
+    assert "stopped early: eval.patience=3" in out
+    assert gpt2_jax.load(tmp_path / "run").step == result.step
+    assert gpt2_jax.load(tmp_path / "run", step="best").step == 2 * best
+    with pytest.raises(ValueError, match="step='first' is neither a number nor 'best'"):
+        gpt2_jax.load(tmp_path / "run", step="first")
+    again = train(config(**values), tmp_path / "run")  # it has ended
+    assert (again.step, again.best_step) == (result.step, result.best_step)
+    # stopped in between, and gone on with: it counts on
+    cut = {**values, "optim__schedule": "constant"}
+    train(config(**cut), tmp_path / "whole")
+    train(config(**cut | {"steps": 4}), tmp_path / "cut")
+    end = train(config(**cut), tmp_path / "cut")
+    assert val_losses(tmp_path / "cut") == val_losses(tmp_path / "whole")
+    assert end.step == 2 * (len(val_losses(tmp_path / "whole")) - 1)
+
+
+def test_a_run_of_examples(base, tmp_path, capfd):
+    """It learns to answer, at the place where the prompt ends."""
+    lines = [
+        {"prompt": f"{i % 5}: ", "completion": "abcde"[i % 5] * 3} for i in range(64)
+    ]
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = {
+        **{**TUNE, "steps": 120, "optim__learning_rate": 0.03, "log_every": 40},
+        **{"data__kind": "sft", "data__path": str(path), "eval__every": 120},
+        **{"checkpoint__every": 120},
+    }
+    train(config(**values, init_from=str(base)), tmp_path / "run")
+    lm = gpt2_jax.load(tmp_path / "run")
+    texts = lm.generate([f"{i}: " for i in range(5)], temperature=0, max_new_tokens=8)
+    assert texts == [c * 3 for c in "abcde"]
+    result, _ = evaluate_run(tmp_path / "run", "validation", batch_size=8)
+    assert result.tokens == 4 * 3  # of 3 examples: three letters and the end
+    assert result.loss == pytest.approx(val_losses(tmp_path / "run")[-1], rel=1e-5)
+    path.write_text(json.dumps(lines[0]))
+    with pytest.raises(ValueError, match=r"jsonl has changed since this run began"):
+        train(config(**values, init_from=str(base)), tmp_path / "run")

@@ -41,9 +41,13 @@ CFG = OptimConfig(
     ema_decay=0.0,
     max_skipped=10,
     max_loss_z=0.0,
+    lr_scales=(),
 )
 MUON = dataclasses.replace(CFG, name="muon", muon_learning_rate=3e-3)
 EMA = dataclasses.replace(CFG, ema_decay=0.75)
+SCALED = dataclasses.replace(
+    CFG, lr_scales=(("h_[12]/attn", 0.5), ("h_0/", 0.0), ("wte|c_fc", 0.0))
+)
 
 SHAPES = {  # as a model has them
     "wte/embedding": (8, 4),
@@ -141,7 +145,11 @@ def test_decay_is_for_matrices_only():
     assert decayed == {"wte/embedding", "wpe/embedding", *kernels}
 
 
-@pytest.mark.parametrize("cfg", [CFG, MUON, EMA], ids=["adamw", "muon", "average"])
+@pytest.mark.parametrize(
+    "cfg",
+    [CFG, MUON, EMA, SCALED, dataclasses.replace(SCALED, name="muon")],
+    ids=["adamw", "muon", "average", "scaled", "scaled-muon"],
+)
 def test_stacked_layers_are_updated_like_single_ones(cfg):
     optimizer = make_optimizer(cfg, 100)
     params, grads = random_params(TINY, stddev=0.2), random_params(TINY, stddev=0.1)
@@ -482,3 +490,86 @@ def test_a_schedule_longer_than_the_run_is_refused():
     message = r"optim.warmup_steps=10 \+ optim.decay_steps=5 exceed steps=14"
     with pytest.raises(ValueError, match=message):
         schedule(wsd, 14)
+
+
+def test_rates_are_scaled_by_path():
+    """The first update of AdamW is linear in the rate: so are what differ by it."""
+    optimizer, scaled = (make_optimizer(cfg, 100) for cfg in (CFG, SCALED))
+    params, grads = random_params(TINY, stddev=0.2), random_params(TINY, stddev=0.01)
+    # each gradient has a part in the norm of one, those of the trained in the other's
+    loose = [dataclasses.replace(cfg, clip_norm=1e9) for cfg in (CFG, SCALED)]
+    optimizer, scaled = (make_optimizer(cfg, 100) for cfg in loose)
+    after, *_ = optimizer.apply(grads, optimizer.init(params), params, 1.0)
+    got, state, norm = scaled.apply(grads, scaled.init(params), params, 1.0)
+    squares = 0.0
+    moved, expected, before, grad = (flat(x) for x in (got, after, params, grads))
+    for path, x in before.items():
+        factor = 1.0
+        if path.startswith("h_0/") or "wte" in path or "c_fc" in path:
+            factor = 0.0
+        elif "attn" in path:
+            factor = 0.5
+        # differences of float32 numbers of size 1
+        np.testing.assert_allclose(
+            moved[path] - x, factor * (expected[path] - x), atol=2e-7
+        )
+        if factor == 0:
+            np.testing.assert_array_equal(moved[path], x)
+        else:
+            squares += (grad[path] ** 2).sum()
+    assert float(norm) == pytest.approx(squares**0.5, rel=1e-5)
+    # what is frozen in all layers has no moments; h_0 has them, as the others do
+    held = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    }
+    assert not any("wte" in path or "c_fc" in path for path in held)
+    assert any("h_0/attn/c_attn/kernel" in path for path in held)
+
+
+def test_frozen_parameters_do_not_decay_and_their_gradients_may_be_bad():
+    cfg = dataclasses.replace(CFG, lr_scales=(("wte", 0.0),))
+    optimizer = make_optimizer(cfg, 100)
+    params, grads = drawn(0), drawn(1)
+    grads["wte"]["embedding"] = grads["wte"]["embedding"].at[0].set(jnp.nan)
+    got, state, norm = optimizer.apply(grads, optimizer.init(params), params, 1.0)
+    assert np.isfinite(norm)
+    assert int(state.skipped) == 0
+    assert_same_bits(got["wte"], params["wte"])
+    assert (
+        np.asarray(got["mlp"]["c_fc"]["kernel"]) != params["mlp"]["c_fc"]["kernel"]
+    ).all()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ((("wte", -1.0),), "factor -1.0 of 'wte' must be finite and >= 0"),
+        ((("(", 1.0),), r"optim.lr_scales: '\(': .*"),
+        (("wte",), "must be pairs of a pattern and a factor"),
+    ],
+)
+def test_bad_scales_are_refused_by_name(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CFG, lr_scales=pairs)
+
+
+def test_a_pattern_that_is_found_nowhere_is_refused():
+    for pairs in ((("h_7/", 0.5),), (("h_", 0.5), ("h_1/", 0.1))):
+        cfg = dataclasses.replace(CFG, lr_scales=pairs)
+        with pytest.raises(
+            ValueError, match=r"optim.lr_scales: 'h_\d/' is found in no"
+        ):
+            make_optimizer(cfg, 100).init(random_params(TINY, stddev=0.2))
+
+
+def test_what_is_frozen_stays_so_in_a_run():
+    saved = dataclasses.asdict(SCALED)
+    check_same_state(SCALED, saved)
+    rates = dataclasses.replace(
+        SCALED, lr_scales=(("h_[12]/attn", 0.7), *SCALED.lr_scales[1:])
+    )
+    check_same_state(rates, saved)
+    with pytest.raises(ValueError, match="or freeze the same parameters"):
+        check_same_state(CFG, saved)
+    check_same_state(CFG, {**saved, "lr_scales": [["wte", 0.3]]})

@@ -8,7 +8,7 @@ import pytest
 
 from configs import default
 from gpt2_jax import train as train_module
-from gpt2_jax.data.loader import TokenDataset, train_examples
+from gpt2_jax.data.loader import TextExamples, train_examples
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.model import abstract_params
 from gpt2_jax.sharding import make_mesh, tree_shardings
@@ -43,7 +43,7 @@ def test_default_py_declares_just_the_keys_that_there_are():
     cfg = config()
     declared = default.get_config().to_dict()
     assert set(declared) == {f.name for f in dataclasses.fields(cfg)}
-    for name in ("data", "optim", "mesh", "eval", "checkpoint"):
+    for name in ("data", "optim", "lora", "mesh", "eval", "checkpoint"):
         section = getattr(cfg, name)
         assert set(declared[name]) == {f.name for f in dataclasses.fields(section)}
 
@@ -127,12 +127,15 @@ def test_a_global_batch_is_the_same_on_every_mesh(tmp_path, device_batch_size):
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 26) for i in range(5000)))
     prepare(text, tmp_path / "data", ByteTokenizer())
-    dataset = TokenDataset(tmp_path / "data", "train")
+    source = TextExamples([tmp_path / "data"], "train", block_size=32)
+    dataset = source.parts[0]
     cfg = config(batch_size=16, block_size=32, device_batch_size=device_batch_size)
     expected = train_examples(dataset, np.arange(80, 96), seed=0, block_size=32)
     for devices in (1, 4, 8):
         mesh = make_mesh(devices=jax.devices()[:devices])
-        batch = global_batch(dataset, cfg, mesh, step=5)
+        batch, mask, segments = global_batch(source, cfg, mesh, step=5)
+        assert mask is None
+        assert segments is None
         cut = (
             1 if device_batch_size == 0 else max(1, 16 // devices // device_batch_size)
         )

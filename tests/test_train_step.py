@@ -9,6 +9,7 @@ import pytest
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from gpt2_jax import sharding
+from gpt2_jax.data.sft import Example, SftExamples
 from gpt2_jax.model import GPT2
 from gpt2_jax.optim import make_optimizer
 from gpt2_jax.sharding import make_mesh
@@ -242,3 +243,84 @@ def test_bfloat16_computes_near_float32(tiny):
         assert low.dtype == jnp.float32
         cosine = float((g * low).sum() / (jnp.linalg.norm(g) * jnp.linalg.norm(low)))
         assert cosine > 0.98
+
+
+def packed(documents, eot, length):
+    """Each document after an end of text, end to end, and their segments."""
+    tokens = np.concatenate([[eot, *document] for document in documents])
+    tokens = np.pad(tokens, (0, length - len(tokens)), constant_values=eot)
+    return tokens[None], np.cumsum(tokens[:-1] == eot)[None].astype(np.int32)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_packed_documents_do_not_know_of_each_other(tiny, scan_layers):
+    _, params = tiny
+    model, eot = GPT2(TINY, scan_layers=scan_layers), 60
+    documents = [RNG.integers(0, 60, n) for n in (7, 12, 9)]
+    tokens, segments = packed(documents, eot, 40)
+    begins = np.cumsum([0, 8, 13])
+
+    def nll(added_BTD, document):
+        """Of a document, with something added to what is looked up of each token."""
+        rows = params["wte"]["embedding"][tokens[0, :-1]] + added_BTD[0]
+        ids = np.arange(len(rows))[None]  # a row of its own for each
+        table = jnp.zeros((TINY.vocab_size, TINY.n_embd)).at[: len(rows)].set(rows)
+        own = {**params, "wte": {"embedding": table}}
+        hidden, _ = model.apply(
+            {"params": own}, ids, segment_BT=segments, method="hidden"
+        )
+        logits = hidden @ params["wte"]["embedding"].T
+        losses = cross_entropy(logits, tokens[:, 1:])[0]
+        first = begins[document]
+        return losses[first : first + len(documents[document])].sum(), logits
+
+    added = jnp.zeros((1, 39, TINY.n_embd))
+    for i, document in enumerate(documents):
+        grad, logits = jax.jit(jax.grad(nll, has_aux=True), static_argnums=1)(added, i)
+        own = slice(begins[i], begins[i] + len(document))
+        norms = np.abs(grad[0]).sum(-1)
+        assert (norms[own] > 0).all()
+        norms[own] = 0
+        assert not norms.any()  # exactly zero: of those before it, and after
+        alone, _ = model.apply({"params": params}, np.array([[eot, *document]])[:, :-1])
+        # sums in another order; logits reach 10
+        np.testing.assert_allclose(logits[0, own], alone[0], atol=1e-4)
+
+
+def test_dropping_the_segments_is_noticed(tiny):
+    model, params = tiny
+    tokens, segments = packed([RNG.integers(0, 60, 9) for _ in range(3)], 60, 33)
+    losses = [
+        float(gradients(params, tokens[None], None, x, model=model)[0])
+        for x in (None, segments[None])
+    ]
+    assert abs(losses[0] - losses[1]) > 0.01
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_loss_of_examples_is_the_mean_over_their_completions(tiny, accumulation):
+    """Computed example by example, each alone, in float64 from the logits on."""
+    model, params = tiny
+    apply = jax.jit(partial(model.apply, {"params": params}))
+    examples, nll = [], []
+    for prompt, completion in RNG.integers(1, 14, (23, 2)):
+        tokens = np.append(RNG.integers(0, 60, prompt + completion), 60)
+        counts = np.arange(len(tokens)) >= prompt
+        examples.append(Example(tokens.astype(np.int32), counts))
+        padded = np.pad(tokens, (0, 32 - len(tokens)))  # one program for all
+        logits = np.asarray(apply(padded[None])[0][0], np.float64)
+        for i in range(prompt, len(tokens)):
+            row = logits[i - 1] - logits[i - 1].max()
+            nll.append(np.log(np.exp(row).sum()) - row[tokens[i]])
+    data = SftExamples(examples, block_size=32, eot_id=60, seed=0)
+    rows = 4 * -(-len(data.windows) // 4)
+    [batch] = data.evaluation(rows)
+    assert batch.mask.sum() == len(nll)
+    assert len(set(batch.mask.sum(1))) > 2  # ragged
+    cut = (accumulation, rows // accumulation, -1)
+    loss, _ = jax.jit(partial(gradients, model=model))(
+        params, *(x.reshape(cut) for x in batch)
+    )
+    assert float(loss) == pytest.approx(np.mean(nll), rel=1e-6)
+    total, count = eval_step(params, *batch, model=model)
+    assert float(total) / int(count) == pytest.approx(np.mean(nll), rel=1e-6)

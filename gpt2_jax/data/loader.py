@@ -6,10 +6,12 @@ rows. NumPy only: nothing here knows of devices.
 """
 
 import functools
+import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -139,6 +141,175 @@ def eval_batches(
             f"the {dataset.split} split has {len(dataset)} token: no target"
         )
     return _eval_batches(dataset, batch_size, block_size, max_examples)
+
+
+class Batch(NamedTuple):
+    """Examples in rows.
+
+    Attributes:
+      tokens: int32 [n, T + 1], inputs and targets overlapping.
+      mask: bool [n, T], which targets count; None: all.
+      segments: int32 [n, T], of the inputs: the texts that a row holds, numbered. None:
+        all of a row is one.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray | None = None
+    segments: np.ndarray | None = None
+
+
+class Examples(Protocol):
+    """One split of what a run is trained on, or evaluated."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    def train(self, numbers: np.ndarray) -> Batch:
+        """The examples of a run of those numbers, int [n]: each reached at once."""
+
+    def evaluation(
+        self, batch_size: int, max_examples: int | None = None
+    ) -> Iterator[Batch]:
+        """The split in order, each target once, with a mask."""
+
+
+PACKINGS = ("flat", "documents")
+
+
+class TextExamples:
+    """Windows of one or several prepared folders.
+
+    Under the packing "flat" a window is a text as any other. Under "documents" an end
+    of text begins a segment, as it stands for the beginning where text is generated:
+    what follows sees nothing before it.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        split: str,
+        *,
+        block_size: int,
+        seed: int = 0,
+        weights: Sequence[float] = (),
+        packing: str = "flat",
+    ):
+        """Opens them.
+
+        Args:
+          weights: of the folders in the mixture, see `mixed`; of one: none.
+
+        Raises:
+          ValueError: on folders that were made with different tokenizers, and as
+            `TokenDataset`.
+        """
+        if packing not in PACKINGS:
+            raise ValueError(
+                f"data.packing={packing!r} is not one of {', '.join(PACKINGS)}"
+            )
+        self.parts = [TokenDataset(folder, split) for folder in folders]
+        first, *others = self.parts
+        for other in others:
+            if other.index.tokenizer_hash != first.index.tokenizer_hash:
+                raise ValueError(
+                    f"{other.folder} was made with another tokenizer than "
+                    f"{first.folder}"
+                )
+        self.weights = tuple(weights)
+        self.block_size, self.seed = block_size, seed
+        self.eot_id = first.index.eot_id if packing == "documents" else None
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def train(self, numbers: np.ndarray) -> Batch:
+        numbers = np.asarray(numbers, np.int64)
+        sources, within = np.zeros_like(numbers), numbers
+        if len(self.parts) > 1:
+            sources, within = mixed(numbers, self.weights, self.seed)
+        tokens = np.empty((len(numbers), self.block_size + 1), np.int32)
+        for i in np.unique(sources).tolist():
+            tokens[sources == i] = train_examples(
+                self.parts[i],
+                within[sources == i],
+                seed=self.seed,
+                block_size=self.block_size,
+            )
+        return Batch(tokens, None, self._segments(tokens))
+
+    def evaluation(
+        self, batch_size: int, max_examples: int | None = None
+    ) -> Iterator[Batch]:
+        """One folder after another, each up to `max_examples`."""
+        for part in self.parts:
+            for tokens, mask in eval_batches(
+                part,
+                batch_size=batch_size,
+                block_size=self.block_size,
+                max_examples=max_examples,
+            ):
+                yield Batch(tokens, mask, self._segments(tokens))
+
+    def _segments(self, tokens: np.ndarray) -> np.ndarray | None:
+        if self.eot_id is None:
+            return None
+        return np.cumsum(tokens[:, :-1] == self.eot_id, axis=1, dtype=np.int32)
+
+
+MIXED = 1000  # examples in which sources have their shares
+
+
+def mixed(
+    numbers: np.ndarray, weights: Sequence[float], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Examples of a mixture -> (source, the number of the example there), int64 [n].
+
+    Of each thousand examples a source has its share, to the nearest one, in an order
+    that (seed, thousand) decide. A source's own examples come in their order, none left
+    out.
+
+    Raises ValueError on a weight that has no share.
+    """
+    shares = mixture_shares(weights)
+    block, at = np.divmod(np.asarray(numbers, np.int64), MIXED)
+    sources, within = np.empty_like(at), np.empty_like(at)
+    for b in np.unique(block).tolist():
+        here = block == b
+        order, rank = _mixed_block(shares, seed, b)
+        sources[here] = order[at[here]]
+        within[here] = b * np.array(shares)[sources[here]] + rank[at[here]]
+    return sources, within
+
+
+def mixture_shares(weights: Sequence[float]) -> tuple[int, ...]:
+    """Examples of each source in a thousand; the largest remainders are rounded up.
+
+    Raises ValueError on a weight that is not positive, or too small for one.
+    """
+    if not all(math.isfinite(w) and w > 0 for w in weights):
+        raise ValueError(f"data.mixture: weights {list(weights)} must be > 0")
+    exact = np.array(weights, float) / math.fsum(weights) * MIXED
+    shares = np.floor(exact).astype(int)
+    largest = np.argsort(shares - exact, kind="stable")
+    shares[largest[: MIXED - shares.sum()]] += 1
+    if not shares.all():
+        raise ValueError(
+            f"data.mixture: a weight of {list(weights)} has no share of a thousand"
+        )
+    return tuple(shares.tolist())
+
+
+@functools.lru_cache(maxsize=4)
+def _mixed_block(
+    shares: tuple[int, ...], seed: int, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sources of a thousand examples, and how many of the same come before each."""
+    rng = np.random.default_rng([seed, block, MIXED])
+    order = rng.permutation(np.repeat(np.arange(len(shares)), shares))
+    rank = np.empty_like(order)
+    for source, share in enumerate(shares):
+        rank[order == source] = np.arange(share)
+    return order, rank
 
 
 def _eval_batches(

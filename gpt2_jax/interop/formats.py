@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax import checkpoint
+from gpt2_jax.checkpoint import Contract
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop import hf, llmc, nanogpt, openai_tf
 from gpt2_jax.interop.params import check_tensors, load_params
 from gpt2_jax.interop.tensors import Tensor
+from gpt2_jax.lora import LoraConfig, init_adapters, merged
 from gpt2_jax.model import Params, abstract_params, dtype_named
 from gpt2_jax.sharding import on_device
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
@@ -45,7 +48,7 @@ class Source:
 
 
 def open_model(
-    model: str | Path, *, step: int | None = None, revision: str | None = None
+    model: str | Path, *, step: int | str | None = None, revision: str | None = None
 ) -> Source:
     """Finds out what `model` is; arguments and errors as of `lm.load`."""
     path = Path(model)
@@ -73,17 +76,16 @@ def open_model(
     raise ValueError(f"{path} is no model: expected {EXPECTED}")
 
 
-def _run(path: Path, step: int | None) -> Source:
+def _run(path: Path, step: int | str | None) -> Source:
     folder = checkpoint.find_step(path, step)
     contract = checkpoint.read_contract(folder)
 
     def load(dtype: Any, shardings: Any) -> Params:
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract_params(contract.model),
-            shardings,
-        )
-        params = checkpoint.restore_params(folder, contract, abstract)
+        if contract.base is None:
+            shapes = abstract_params(contract.model)
+            params = _restore(folder, contract, shapes, shardings)
+        else:
+            params = _load_adapted(folder, contract, shardings)
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
     summary = {"step": contract.step, **contract.metrics}
@@ -93,6 +95,51 @@ def _run(path: Path, step: int | None) -> Source:
     return Source(
         contract.model, contract.tokenizer, load, contract.step, summary=summary
     )
+
+
+def _restore(folder: Path, contract: Contract, shapes: Any, shardings: Any) -> Params:
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+    return checkpoint.restore_params(folder, contract, abstract)
+
+
+def _load_adapted(folder: Path, contract: Contract, shardings: Any) -> Params:
+    """Of a checkpoint that holds adapters: those of its base, with them merged in."""
+    assert contract.base is not None
+    lora = LoraConfig.from_dict(contract.run["lora"])
+    shapes = jax.eval_shape(
+        lambda: init_adapters(lora, contract.model, jax.random.key(0))
+    )
+    place = jax.tree.leaves(shardings)[0]
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    places = jax.tree.map(lambda _: place, shapes)
+    adapters = _restore(folder, contract, shapes, places)
+    base = load_base(contract.base, shardings, f"checkpoint {folder} holds adapters of")
+    return merged(base, adapters, lora)
+
+
+def load_base(said: Mapping[str, Any], shardings: Any, what: str) -> Params:
+    """The parameters that adapters belong to, float32.
+
+    Args:
+      said: as of `checkpoint.Contract.base`.
+      what: begins an error's text.
+
+    Raises:
+      ValueError: when they are not there, or no longer what they were.
+    """
+    try:
+        source = open_model(said["model"], step=said["step"])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{what} {said['model']}: {error}") from error
+    params = source.load(jnp.float32, shardings)
+    if checkpoint.params_hash(params) != said["sha256"]:
+        raise ValueError(f"{what} {said['model']}, whose parameters are others now")
+    return params
 
 
 def _foreign(
@@ -129,7 +176,7 @@ def convert(
     to: str,
     out: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from gpt2_jax.data.loader import (
+    TextExamples,
     TokenDataset,
     eval_batches,
+    mixed,
+    mixture_shares,
     train_examples,
     windows_per_epoch,
 )
 from gpt2_jax.data.prepare import prepare
-from gpt2_jax.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizer import ByteTokenizer, CharTokenizer
 
 
 class CountTokenizer(ByteTokenizer):
@@ -208,3 +211,78 @@ def test_bad_inputs_are_refused(tmp_path: Path):
     single = dataset(tmp_path, 1)
     with pytest.raises(ValueError, match="has 1 token: no target"):
         eval_batches(single, batch_size=1, block_size=1)
+
+
+def test_a_mixture_has_its_shares_and_leaves_no_example_out():
+    numbers = np.arange(7000)
+    sources, within = mixed(numbers, (5, 2, 3), seed=1)
+    for source, share in enumerate((500, 200, 300)):
+        own = sources == source
+        np.testing.assert_array_equal(own.reshape(7, 1000).sum(1), share)
+        np.testing.assert_array_equal(within[own], np.arange(7 * share))
+    # any example is reached at once, and the order is a function of the seed
+    some = np.array([6999, 12, 12, 3400])
+    for got, whole in zip(mixed(some, (5, 2, 3), 1), (sources, within), strict=True):
+        np.testing.assert_array_equal(got, whole[some])
+    assert (mixed(numbers, (5, 2, 3), seed=2)[0] != sources).any()
+    assert (sources[:1000] != sources[1000:2000]).any()
+    assert mixture_shares((1, 1, 1)) == (334, 333, 333)
+
+
+def test_examples_of_a_mixture_are_those_of_its_parts(tmp_path: Path):
+    for name, base in (("a", 0), ("b", 1000)):
+        (tmp_path / name).mkdir()
+        dataset(tmp_path / name, 300, base=base)
+    folders = [tmp_path / "a/out", tmp_path / "b/out"]
+    both = TextExamples(folders, "train", block_size=8, seed=3, weights=(1, 3))
+    assert len(both) == 600
+    numbers = np.arange(500)
+    got = both.train(numbers)
+    sources, within = mixed(numbers, (1, 3), seed=3)
+    assert set(sources) == {0, 1}
+    for i, folder in enumerate(folders):
+        expected = train_examples(
+            TokenDataset(folder, "train"), within[sources == i], seed=3, block_size=8
+        )
+        np.testing.assert_array_equal(got.tokens[sources == i], expected)
+    assert got.mask is got.segments is None
+    # evaluation goes through one after the other
+    assert sum(batch.mask.sum() for batch in both.evaluation(7)) == 2 * 299
+
+
+def test_folders_of_another_tokenizer_are_not_mixed(tmp_path: Path):
+    for name, text in (("a", "abc"), ("b", "abcd")):
+        (tmp_path / f"{name}.txt").write_text(99 * text)
+        tokenizer = CharTokenizer(text)
+        prepare(tmp_path / f"{name}.txt", tmp_path / name, tokenizer, splits=(1, 0, 0))
+    with pytest.raises(ValueError, match=r"b was made with another tokenizer than .*a"):
+        TextExamples([tmp_path / "a", tmp_path / "b"], "train", block_size=8)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [((1, 0), "must be > 0"), ((1, 1e-4), "has no share of a thousand")],
+)
+def test_weights_without_a_share_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        mixture_shares(weights)
+
+
+def test_segments_begin_at_each_end_of_text(tmp_path: Path):
+    for i, n in enumerate((5, 3, 9)):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / f"texts/{i}.txt").write_text("x" * n)
+    prepare(tmp_path / "texts", tmp_path / "out", ByteTokenizer(), splits=(1, 0, 0))
+    whole = TextExamples(
+        [tmp_path / "out"], "train", block_size=19, packing="documents"
+    )
+    batch = whole.train(np.array([0]))
+    inputs = batch.tokens[0, :-1]
+    ends = np.flatnonzero(inputs == 256)
+    assert len(ends) == 2
+    for i, segment in enumerate(batch.segments[0]):
+        assert segment == (ends <= i).sum()
+    flat = TextExamples([tmp_path / "out"], "train", block_size=19)
+    assert flat.train(np.array([0])).segments is None
+    with pytest.raises(ValueError, match=r"data.packing='rows' is not one of flat"):
+        TextExamples([tmp_path / "out"], "train", block_size=19, packing="rows")

@@ -1,0 +1,272 @@
+"""Supervised fine-tuning: JSON Lines of prompts and completions -> batches.
+
+A line is {"prompt": text, "completion": text}, or {"messages": [{"role": name,
+"content": text}, ...]}, of which the last is the assistant's. Prompt and completion are
+tokenized apart, as they are where text is generated, and an end of text follows. Only
+what the model shall write counts as a target: the completion, or each content of the
+assistant's with what the template puts after it, and the end of text.
+
+Examples are packed whole into windows, as few as come out of putting the longest first
+where it fits best. They don't see each other: each is a segment. Which windows there
+are is a function of the file; an epoch goes through them in an order of its own.
+"""
+
+import functools
+import json
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpt2_jax.data.loader import Batch
+from gpt2_jax.data.prepare import SPLITS
+from gpt2_jax.tokenizer import Tokenizer
+
+ASSISTANT = "assistant"
+CONTENT = "{content}"
+
+
+class Example(NamedTuple):
+    """Tokens int32 [n], end of text the last; and bool [n]: which are targets."""
+
+    tokens: np.ndarray
+    counts: np.ndarray
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError unless it names {content} once, and else {role} alone."""
+    rest = template.replace(CONTENT, "").replace("{role}", "")
+    if template.count(CONTENT) != 1 or "{" in rest or "}" in rest:
+        raise ValueError(
+            f"data.template={template!r} must have {CONTENT} once, and may have "
+            "{role}: no other braces"
+        )
+
+
+def read_examples(
+    path: str | Path, tokenizer: Tokenizer, *, block_size: int, template: str = ""
+) -> tuple[list[Example], int]:
+    """The examples of a file, and how many were cut.
+
+    One that is longer than block_size + 1 loses tokens of its beginning, as long as its
+    last completion is whole and a token is left before it.
+
+    Args:
+      template: of a message, with {role} and {content}.
+
+    Raises:
+      FileNotFoundError: when there is no such file.
+      ValueError: on a line that holds no example, or a completion that does not fit,
+        naming file and line; and on a file without any.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file of examples: {path}")
+    examples, n_cut = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                whole = _example(_pieces(_parse(line), template), tokenizer)
+                example = _cut(whole, block_size)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            n_cut += len(example.tokens) < len(whole.tokens)
+            examples.append(example)
+    if not examples:
+        raise ValueError(f"{path} holds no example")
+    return examples, n_cut
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    return value
+
+
+def _pieces(value: Mapping[str, Any], template: str) -> list[tuple[str, bool]]:
+    """Texts, and whether they are targets."""
+    if "messages" not in value:
+        return [(_text(value, "prompt"), False), (_text(value, "completion"), True)]
+    if not template:
+        raise ValueError("messages: data.template must say how they are written")
+    messages = value["messages"]
+    if not (isinstance(messages, list) and messages):
+        raise ValueError("messages is not a list with a message")
+    pieces = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError("a message is not an object")
+        role, content = _text(message, "role"), _text(message, "content")
+        before, after = (x.replace("{role}", role) for x in template.split(CONTENT))
+        is_target = role == ASSISTANT
+        pieces += [(before, False), (content + after, is_target)]
+    if role != ASSISTANT:
+        raise ValueError(f"the last message is of role {role!r}, not {ASSISTANT!r}")
+    return pieces
+
+
+def _text(value: Mapping[str, Any], name: str) -> str:
+    if name not in value:
+        raise ValueError(f"no {name!r}")
+    if not isinstance(value[name], str):
+        raise ValueError(f"{name}={value[name]!r} is no text")
+    return value[name]
+
+
+def _example(pieces: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Example:
+    tokens: list[int] = []
+    counts: list[bool] = []
+    for is_target, group in groupby(pieces, key=lambda piece: piece[1]):
+        ids = tokenizer.encode("".join(text for text, _ in group))
+        if not tokens:  # an empty prompt is the beginning of a text
+            ids = ids or [tokenizer.eot_id]
+        tokens += ids
+        counts += [is_target] * len(ids)
+    tokens.append(tokenizer.eot_id)
+    counts.append(True)
+    return Example(np.array(tokens, np.int32), np.array(counts))
+
+
+def _cut(example: Example, block_size: int) -> Example:
+    excess = len(example.tokens) - (block_size + 1)
+    if excess <= 0:
+        return example
+    completion = len(example.tokens) - 1 - np.flatnonzero(~example.counts)[-1]
+    if completion > block_size:
+        raise ValueError(
+            f"a completion of {completion} tokens with its end exceeds {block_size=}"
+        )
+    return Example(example.tokens[excess:], example.counts[excess:])
+
+
+def split_examples(
+    examples: Sequence[Example], fractions: Sequence[float]
+) -> dict[str, list[Example]]:
+    """Train, validation and test, in an order that is always the same.
+
+    Raises ValueError on bad fractions, and on a split that would be empty.
+    """
+    if len(fractions) != len(SPLITS) or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"data.splits={fractions} must be three that add up to 1")
+    order = np.random.default_rng(0).permutation(len(examples))
+    edges = np.round(np.cumsum([0, *fractions]) * len(examples)).astype(int)
+    splits = {}
+    for i, (name, fraction) in enumerate(zip(SPLITS, fractions, strict=True)):
+        if fraction:
+            splits[name] = [examples[j] for j in order[edges[i] : edges[i + 1]]]
+            if not splits[name]:
+                raise ValueError(
+                    f"the {name} split, {fraction:g} of {len(examples)} examples, is "
+                    "empty"
+                )
+    return splits
+
+
+def sft_splits(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    fractions: Sequence[float],
+    block_size: int,
+    seed: int = 0,
+) -> tuple[dict[str, "SftExamples"], int]:
+    """The splits of a file, packed, and how many examples were cut.
+
+    Args:
+      seed: of the order of windows.
+
+    Raises as `read_examples` and `split_examples`.
+    """
+    examples, n_cut = read_examples(
+        path, tokenizer, block_size=block_size, template=template
+    )
+    splits = {
+        name: SftExamples(
+            part, block_size=block_size, eot_id=tokenizer.eot_id, seed=seed
+        )
+        for name, part in split_examples(examples, fractions).items()
+    }
+    return splits, n_cut
+
+
+def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Windows of `room` tokens: which of the lengths are in each.
+
+    The longest goes first, each where the least room is left that will do (best fit
+    decreasing).
+    """
+    windows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room that is left, window), ascending
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(free, (lengths[i], 0))
+        left, window = free.pop(at) if at < len(free) else (room, len(windows))
+        if window == len(windows):
+            windows.append([])
+        windows[window].append(i)
+        insort(free, (left - lengths[i], window))
+    return windows
+
+
+class SftExamples:
+    """One split, packed; see `loader.Examples`."""
+
+    def __init__(
+        self, examples: Sequence[Example], *, block_size: int, eot_id: int, seed: int
+    ):
+        self._examples = examples
+        self._block_size, self._eot_id, self._seed = block_size, eot_id, seed
+        self.windows = pack([len(e.tokens) for e in examples], block_size + 1)
+
+    def __len__(self) -> int:
+        return sum(len(e.tokens) for e in self._examples)
+
+    def train(self, numbers: np.ndarray) -> Batch:
+        epochs, at = np.divmod(np.asarray(numbers, np.int64), len(self.windows))
+        return self._rows(
+            [
+                _permutation(len(self.windows), self._seed, epoch)[i]
+                for epoch, i in zip(epochs.tolist(), at.tolist(), strict=True)
+            ]
+        )
+
+    def evaluation(
+        self, batch_size: int, max_examples: int | None = None
+    ) -> Iterator[Batch]:
+        """Windows in order, at most `max_examples` of them; what pads is no target."""
+        count = min(len(self.windows), max_examples or len(self.windows))
+        for first in range(0, count, batch_size):
+            rows = list(range(first, min(first + batch_size, count)))
+            yield self._rows(rows + [None] * (batch_size - len(rows)))
+
+    def _rows(self, windows: Sequence[int | None]) -> Batch:
+        shape = len(windows), self._block_size + 1
+        tokens = np.full(shape, self._eot_id, np.int32)
+        counts, segments = np.zeros(shape, bool), np.zeros(shape, np.int32)
+        for row, window in enumerate(windows):
+            held = [] if window is None else self.windows[window]
+            at = 0
+            for number, i in enumerate(held):
+                example = self._examples[i]
+                end = at + len(example.tokens)
+                tokens[row, at:end], segments[row, at:end] = example.tokens, number
+                counts[row, at + 1 : end] = example.counts[1:]
+                at = end
+            segments[row, at:] = len(held)
+        return Batch(tokens, counts[:, 1:], segments[:, :-1])
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
