@@ -630,6 +630,7 @@ class _Run:
             for step in range(start, start if self._exhausted else cfg.steps):
                 batch = self._batches.get(step)
                 state, fresh = step_fn(state, *batch, self.base)
+                self._batches.begin(step + 1)
                 self._log(pending)
                 pending = (step + 1, fresh)
                 last = stop.requested(step + 1) or step + 1 == cfg.steps
@@ -910,19 +911,17 @@ class Ahead(Generic[T]):
         self._waited = 0.0
 
     def get(self, step: int) -> T:
-        """The batch of one of the steps, in whose order they are asked for."""
+        """The batch of one of the steps."""
         start = time.perf_counter()
-        batch = self._submit(step).result()
-        del self._coming[step]
-        if step + 1 in self._steps:
-            self._submit(step + 1)
+        self.begin(step)
+        batch = self._coming.pop(step).result()
         self._waited += time.perf_counter() - start
         return batch
 
-    def _submit(self, step: int) -> Future[T]:
-        if step not in self._coming:
+    def begin(self, step: int) -> None:
+        """Begins to make one. Best when the device has work: threads share Python."""
+        if step in self._steps and step not in self._coming:
             self._coming[step] = self._pool.submit(self._make, step)
-        return self._coming[step]
 
     def take_waited(self) -> float:
         """Seconds that `get` took since this was last asked."""

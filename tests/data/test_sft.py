@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.data.sft import (
+    Example,
     SftExamples,
     check_template,
     pack,
@@ -121,6 +122,18 @@ def test_an_epoch_goes_through_all_examples_once(tmp_path):
     total = sum(len(line["completion"]) + 1 for line in lines)
     assert sum(batch.mask.sum() for batch in whole) == total
     assert sum(len(b.tokens) for b in data.evaluation(2, max_examples=3)) == 4
+
+
+def test_the_first_token_of_an_example_is_never_a_target():
+    """Not even where it is a completion's, its turn being cut: what it follows is
+    another example.
+    """
+    whole = Example(np.array([1, 2, EOT], np.int32), np.array([True] * 3))
+    data = SftExamples([whole] * 3, block_size=9, eot_id=EOT, seed=0)
+    [batch] = data.evaluation(1)
+    assert batch.tokens[0].tolist() == [1, 2, EOT] * 3 + [EOT]
+    assert batch.segments[0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert batch.mask[0].tolist() == [True, True, False] * 3
 
 
 def test_splits_are_disjoint_and_none_is_empty(tmp_path):
