@@ -8,9 +8,7 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# For the programs that tests start, which are mostly the same: the first of them
-# compiles. Not for this process, nor for the others of pytest, which inherit it.
-_cache = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in this process
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,11 +19,14 @@ import pytest
 from gpt2_jax.model import GPT2, Params
 from shapes import TINY, random_params
 
-if _cache is None:
-    _cache = tempfile.mkdtemp(prefix="gpt2_jax-cache-")
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+# The programs that tests start are mostly the same: the first of them compiles.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the other processes of pytest do
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-")
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,17 @@ def test_a_new_checkpoint_starts_the_count_again(tmp_path, flag):
     )
 
 
+@pytest.mark.parametrize(
+    ("env", "kept"),
+    [({}, "/home/me/.cache/gpt2_jax"), ({"JAX_COMPILATION_CACHE_DIR": ""}, "")],
+)
+def test_restart_has_compiled_programs_kept(tmp_path, env, kept):
+    command = script(tmp_path / "command", 'echo "at $JAX_COMPILATION_CACHE_DIR"')
+    words = ["env", "-u", "JAX_COMPILATION_CACHE_DIR", "HOME=/home/me"]
+    words += [f"{name}={value}" for name, value in env.items()]
+    assert run(*words, ROOT / "scripts/restart", command).stdout == f"at {kept}\n"
+
+
 def test_restart_leaves_a_preempted_job_to_slurm(tmp_path):
     ending(tmp_path, [75, 143, 0])
     restart(tmp_path, status=143, SLURM_JOB_ID=7)

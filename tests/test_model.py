@@ -14,9 +14,11 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import (
     GPT2,
     abstract_params,
+    add_bias,
     count_params,
     dtype_named,
     init,
+    normalize,
     project,
     stack_layers,
     unstack_layers,
@@ -302,3 +304,50 @@ def test_the_gradient_of_a_projection_is_the_usual_one(n_in, kernel):
     np.testing.assert_allclose(y, usual, rtol=1e-6, atol=1e-6)  # rounding
     for got, expected in zip(backward(dy), usual_backward(dy), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)  # rounding
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_the_gradient_of_a_layer_norm_is_the_usual_one(monkeypatch, backend, use_bias):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(1, 2, (2, 3, 5, 8)).astype(np.float32)
+    scale, bias = rng.normal(1, 1, (2, 8)).astype(np.float32)
+    args = (x, scale, bias) if use_bias else (x, scale)
+
+    def plain(x, scale, bias=0.0):
+        variance = x.var(-1, keepdims=True)
+        normal = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(variance + 1e-5)
+        return normal * scale + bias
+
+    def ours(x, scale, bias=None):
+        return normalize(x, scale, bias, 1e-5)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    (y, backward), (expected, expected_backward) = (
+        jax.vjp(f, *args) for f in (ours, plain)
+    )
+    # the rounding of sums of 15 numbers of size 1
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+    for got, want in zip(backward(dy), expected_backward(dy), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_layer_norm_in_bfloat16_is_rounded_once():
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 1, (4, 8)), jnp.bfloat16)
+    y, backward = jax.vjp(lambda x: normalize(x, jnp.ones(8), jnp.zeros(8), 1e-5), x)
+    exact = np.asarray(x, np.float64)
+    exact -= exact.mean(-1, keepdims=True)
+    exact /= np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-5)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-6)
+    assert backward(y)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_gradient_of_a_bias_is_a_sum_over_rows(monkeypatch, backend):
+    y, dy = np.random.default_rng(0).normal(size=(2, 4, 5, 2, 3)).astype(np.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    _, backward = jax.vjp(add_bias, y, np.ones((2, 3), np.float32))
+    got_y, got_bias = backward(dy)
+    np.testing.assert_array_equal(got_y, dy)
+    np.testing.assert_allclose(got_bias, dy.sum((0, 1)), rtol=0, atol=1e-5)
