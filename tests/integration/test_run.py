@@ -116,6 +116,7 @@ def test_the_run_leaves_what_it_promises(whole):
         "skipped",
         "skipped_in_row",
         "learning_rate",
+        "data_wait",
         "step_seconds",
         "tokens_per_second",
         "mfu",
