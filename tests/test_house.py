@@ -30,6 +30,7 @@ HOUSE = [
     "checkpoint",
     "data.loader",
     "data.prepare",
+    "data.foreign",
     "data.shards",
     "data.sources",
     "interop.nanogpt",

@@ -20,6 +20,7 @@ that is: a run that was killed goes on from there, to the same bytes.
 import contextlib
 import fcntl
 import hashlib
+import heapq
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from gpt2_jax.data import sources
+from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.shards import (
     SPLITS,
     VERSION,
@@ -51,17 +52,21 @@ from gpt2_jax.data.shards import (
 )
 from gpt2_jax.data.sources import Document, Paths, Place, Records
 from gpt2_jax.tokenizer import (
+    SENTENCEPIECE_MODELS,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    check_special_tokens,
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
+    train_byte_level_bpe,
     train_sentencepiece,
 )
 
 KINDS = ("sentencepiece", "char", "bytes")
 TRAINING_BYTES = 20_000_000  # SentencePiece is trained on at most this much text
+SAMPLE_PART = 10_000  # characters
 BATCH_BYTES = 1 << 18  # of text that a thread encodes at a time, about
 COMMIT_SECONDS = 5.0  # of work that a kill can cost
 
@@ -87,18 +92,15 @@ def build_tokenizer(
 
     Raises ValueError if vocab_size is missing or is not what the tokenizer has.
     """
-
-    def texts() -> Iterator[str]:
-        for document in sources.documents(path, field=field, form=form):
-            yield from document.texts()
-
     if kind == "sentencepiece":
         if vocab_size is None:
             raise ValueError("a sentencepiece tokenizer needs vocab_size")
-        return train_sentencepiece(_first(texts(), TRAINING_BYTES), vocab_size)
+        return train_sentencepiece(
+            _first(_texts(path, field, form), TRAINING_BYTES), vocab_size
+        )
     tokenizer: Tokenizer
     if kind == "char":
-        tokenizer = CharTokenizer.train(texts())
+        tokenizer = CharTokenizer.train(_texts(path, field, form))
     elif kind == "bytes":
         tokenizer = ByteTokenizer()
     else:
@@ -108,6 +110,95 @@ def build_tokenizer(
             f"{vocab_size=}, but the tokenizer {kind!r} has {tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
+    """At most `max_bytes` of all texts, in their order, chosen by seed and content.
+
+    Texts are cut in parts of some 10,000 characters, of which those with the least
+    hashes are kept: one pass, and no more memory than what is kept.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"{max_bytes=} is not positive")
+    key = seed.to_bytes(16, "little")
+    kept: list[tuple[bytes, int, str]] = []  # a heap: the greatest hash is first
+    size = number = 0
+    for text in texts:
+        for at in range(0, len(text), SAMPLE_PART):
+            part = text[at : at + SAMPLE_PART]
+            content = part.encode()
+            digest = hashlib.blake2b(content, digest_size=16, key=key).digest()
+            inverse = bytes(255 - byte for byte in digest)
+            heapq.heappush(kept, (inverse, number, part))
+            size, number = size + len(content), number + 1
+            while size > max_bytes:
+                size -= len(heapq.heappop(kept)[2].encode())
+    return [part for _, _, part in sorted(kept, key=lambda entry: entry[1])]
+
+
+def train_tokenizer(
+    path: Paths | None,
+    out: str | Path,
+    vocab_size: int,
+    *,
+    model: str = "bpe",
+    byte_fallback: bool = True,
+    special_tokens: Sequence[str] = (),
+    max_bytes: int | None = None,
+    seed: int = 0,
+    field: str = "text",
+    form: str = "auto",
+) -> Tokenizer:
+    """Trains a tokenizer into the folder `out`, which appears whole or not at all.
+
+    Args:
+      path, field, form: the text, as for `sources.documents`.
+      out: the folder to make.
+      vocab_size: number of ids, special tokens included.
+      model: bpe, unigram or char of SentencePiece, or byte_level: GPT-2's kind.
+      byte_fallback, special_tokens: as for `train_sentencepiece`.
+      max_bytes: train on a `sample` of so many; None: on all, which is held in memory.
+      seed: of the sample.
+
+    Raises FileExistsError if `out` is there; ValueError and OSError as
+    `sources.documents`, `train_sentencepiece` and `train_byte_level_bpe`.
+    """
+    out = Path(out).absolute()
+    if out.exists():
+        raise FileExistsError(f"{out} exists already")
+    if model not in (allowed := (*SENTENCEPIECE_MODELS, "byte_level")):
+        raise ValueError(f"{model=} is not one of {', '.join(allowed)}")
+    if seed < 0:
+        raise ValueError(f"{seed=} is negative")
+    check_special_tokens(special_tokens)
+    texts: Iterable[str] = _texts(path, field, form)
+    if max_bytes is not None:
+        texts = sample(texts, max_bytes, seed)
+    tokenizer: Tokenizer
+    if model == "byte_level":
+        if not byte_fallback:
+            raise ValueError("byte_fallback=False: a byte-level BPE has nothing else")
+        tokenizer = train_byte_level_bpe(
+            texts, vocab_size, special_tokens=special_tokens
+        )
+    else:
+        tokenizer = train_sentencepiece(
+            texts,
+            vocab_size,
+            model_type=model,
+            byte_fallback=byte_fallback,
+            special_tokens=special_tokens,
+        )
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_tokenizer(tokenizer, partial)
+    partial.rename(out)
+    return tokenizer
+
+
+def _texts(path: Paths | None, field: str, form: str) -> Iterator[str]:
+    for document in sources.documents(path, field=field, form=form):
+        yield from document.texts()
 
 
 def _first(texts: Iterator[str], size: int) -> Iterator[str]:
@@ -187,6 +278,7 @@ def prepare(
     shard_tokens: int = 100_000_000,
     threads: int | None = None,
     source: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
     progress: Progress = lambda done, total, tokens: None,
 ) -> Index:
     """Tokenizes a source into the folder `out`, in constant memory.
@@ -197,7 +289,9 @@ def prepare(
 
     Args:
       path: the text, as for `sources.documents`, or None for the default corpus. "-" is
-        standard input, which is stored beside the shards until they are done.
+        standard input, which is stored beside the shards until they are done. A folder
+        of shards that others made (`foreign`) is referred to as it is: only tokenizer,
+        as far as it is a path or an object, and dtype count then.
       out: the folder to make.
       tokenizer: one, or what `build_tokenizer` takes.
       vocab_size: for `build_tokenizer`.
@@ -209,6 +303,7 @@ def prepare(
         They change nothing in the result.
       source: the fingerprint to store; by default that of this call, with the
         tokenizer's kind and vocabulary size where a tokenizer is given.
+      dtype: of others' shards, as for `foreign.read_index`.
       progress: called with the stored bytes that are done, how many there are or None
         where nobody knows, and the number of tokens.
 
@@ -229,6 +324,10 @@ def prepare(
     if isinstance(tokenizer, str) and tokenizer not in KINDS:
         tokenizer = build_tokenizer(tokenizer, vocab_size=vocab_size)
     given = [path] if path is None or isinstance(path, str | Path) else list(path)
+    if len(given) == 1 and foreign.is_foreign(given[0]):
+        return _refer(Path(str(given[0])), out, tokenizer, dtype)
+    if dtype is not None:
+        raise ValueError(f"{dtype=} is of token shards, and {path} holds none")
     if "-" not in given:
         found = sources.documents(path, field=field, form=form)
 
@@ -259,9 +358,9 @@ def prepare(
                 )
         if state is None:
             save_tokenizer(tokenizer, work.folder / "tokenizer")
-            dtype = dtype_for(tokenizer.vocab_size)
             counts = {name: _Counts() for name in names}
-            state = _State(0, Place(), 0, dtype, counts)
+            kind = dtype_for(tokenizer.vocab_size)
+            state = _State(0, Place(), 0, kind, counts)
         job = _Job(tokenizer, state.dtype, fractions, seed)
         writers = {
             name: stack.enter_context(
@@ -302,6 +401,29 @@ def prepare(
         )
         work.publish(index)
     return index
+
+
+def _refer(
+    folder: Path, out: Path, tokenizer: Tokenizer | str, dtype: str | None
+) -> Index:
+    """An index in `out` of shards that stay where they are."""
+    index = foreign.read_index(
+        folder, _foreign_tokenizer(folder, tokenizer), dtype=dtype
+    )
+    with _Workplace(out) as work:
+        work.resume(index.source)
+        save_tokenizer(_foreign_tokenizer(folder, tokenizer), work.folder / "tokenizer")
+        work.publish(index)
+    return index
+
+
+def _foreign_tokenizer(folder: Path, tokenizer: Tokenizer | str) -> Tokenizer:
+    """Nothing can be trained on ids: only a path, bytes or a tokenizer is one given."""
+    if tokenizer in ("sentencepiece", "char"):
+        return foreign.tokenizer_of(folder)
+    if isinstance(tokenizer, str):
+        tokenizer = build_tokenizer(tokenizer)
+    return foreign.tokenizer_of(folder, tokenizer)
 
 
 @contextlib.contextmanager
@@ -750,7 +872,7 @@ class _Workplace:
         _sync(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
         for name in (self._state.name, ".lock"):
-            (self.out / name).unlink()
+            (self.out / name).unlink(missing_ok=True)
 
 
 def _read_state(kept: Mapping[str, Any]) -> _State:
@@ -783,12 +905,14 @@ def _sync(folder: Path) -> None:
 
 
 def load_index(folder: str | Path) -> Index:
-    """Reads and checks a prepared folder.
+    """Reads and checks a prepared folder, or one of `foreign` shards and tokenizer.
 
     Raises FileNotFoundError if it, its index, a shard or the tokenizer is missing, and
     ValueError if the index is damaged or of another version, if a shard's size is not
     that of its tokens, or if the tokenizer's files are not those the data were made by.
     """
+    if foreign.is_foreign(folder):
+        return foreign.read_index(folder, foreign.tokenizer_of(folder))
     return read_index(Path(folder))
 
 
@@ -803,7 +927,7 @@ def prepared_folder(
     """The folder of token shards for a run: `path` itself, or `out`, made when missing.
 
     Args:
-      path: a prepared folder, or text as for `prepare`.
+      path: a prepared folder, or text or others' shards as for `prepare`.
       out: where text is prepared; used again when it fits this request.
       tokenizer, vocab_size: as for `build_tokenizer`.
       splits: as for `prepare`.
@@ -815,9 +939,13 @@ def prepared_folder(
     if path is not None and (Path(path) / "index.json").is_file():
         load_index(path)
         return Path(path)
-    source = fingerprint(
-        path, tokenizer=tokenizer, vocab_size=vocab_size, splits=splits
-    )
+    if path is not None and foreign.is_foreign(path):
+        chosen = _foreign_tokenizer(Path(path), tokenizer)
+        source: Mapping[str, Any] = foreign.fingerprint(path, chosen)
+    else:
+        source = fingerprint(
+            path, tokenizer=tokenizer, vocab_size=vocab_size, splits=splits
+        )
     if (out / "index.json").is_file():
         found = load_index(out).source
         for name, value in source.items():
