@@ -219,7 +219,7 @@ def _zstd() -> Any:
         from compression import zstd
     except ImportError:
         try:
-            from backports import zstd
+            import backports.zstd as zstd
         except ImportError:
             raise _missing("zstandard files", "backports.zstd", "zstd") from None
     return zstd
