@@ -23,6 +23,7 @@ _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "For sentencepiece: 4096.
 _SPLITS = flags.DEFINE_list("splits", "0.9,0.05,0.05", "Train, validation and test.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the order of documents and of the splits.")
 _SHARD_TOKENS = flags.DEFINE_integer("shard_tokens", 100_000_000, "Of a file, at most.")
+_DTYPE = flags.DEFINE_string("dtype", None, "Of others' bare shards: uint16, uint32.")
 _THREADS = flags.DEFINE_integer("threads", None, "That encode; none: one a core.")
 
 
@@ -44,15 +45,12 @@ def main(_: list[str]) -> None:
             form=_FORMAT.value,
             shard_tokens=_SHARD_TOKENS.value,
             threads=_THREADS.value,
+            dtype=_DTYPE.value,
             progress=progress,
         )
     for name, part in index.splits.items():
-        print(
-            f"{name:10} {part.documents} documents, {part.bytes} bytes, {part.tokens} "
-            f"tokens, {part.bytes / part.tokens:.2f} bytes per token, "
-            f"{part.unknown / part.tokens:.3%} unknown"
-        )
-    print(f"tokenizer {index.tokenizer_kind} {index.tokenizer_hash[:12]}")
+        print(f"{name:10} {part}")
+    print(f"tokenizer  {index.tokenizer_kind} {index.tokenizer_hash[:12]}")
 
 
 if __name__ == "__main__":

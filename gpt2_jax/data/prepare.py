@@ -120,7 +120,7 @@ def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     """
     if max_bytes < 1:
         raise ValueError(f"{max_bytes=} is not positive")
-    key = seed.to_bytes(16, "little")
+    key = seed.to_bytes(8, "little")
     kept: list[tuple[bytes, int, str]] = []  # a heap: the greatest hash is first
     size = number = 0
     for text in texts:
@@ -168,8 +168,7 @@ def train_tokenizer(
         raise FileExistsError(f"{out} exists already")
     if model not in (allowed := (*SENTENCEPIECE_MODELS, "byte_level")):
         raise ValueError(f"{model=} is not one of {', '.join(allowed)}")
-    if seed < 0:
-        raise ValueError(f"{seed=} is negative")
+    _check_seed(seed)
     check_special_tokens(special_tokens)
     texts: Iterable[str] = _texts(path, field, form)
     if max_bytes is not None:
@@ -319,8 +318,7 @@ def prepare(
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
     if threads < 1:
         raise ValueError(f"{threads=} is not positive")
-    if seed < 0:
-        raise ValueError(f"{seed=} is negative")
+    _check_seed(seed)
     if isinstance(tokenizer, str) and tokenizer not in KINDS:
         tokenizer = build_tokenizer(tokenizer, vocab_size=vocab_size)
     given = [path] if path is None or isinstance(path, str | Path) else list(path)
@@ -336,7 +334,7 @@ def prepare(
         if "-" in given:
             path, digest = work.store_stdin(given, form)
             found = [
-                replace(each, stamp=digest if "stdin." in each.name else each.stamp)
+                replace(each, stamp=digest) if work.holds(each.name) else each
                 for each in sources.documents(path, field=field, form=form)
             ]
         asked = _text_fingerprint(path, found, splits, seed)
@@ -448,6 +446,13 @@ def _place(out: str | Path) -> Path:
     if out.exists() and not (out.is_dir() and _is_ours(out)):
         raise FileExistsError(f"{out} exists and is not a folder of prepared data")
     return out
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"{seed=} is negative")
+    if seed >= 1 << 64:
+        raise ValueError(f"{seed=} is not less than 2**64")
 
 
 def _checked(splits: Sequence[float]) -> list[float]:
@@ -585,7 +590,7 @@ class _Job:
 
     def split_of(self, text: str) -> str:
         """By the hash of seed and text: the same text is always in the same split."""
-        key = self.seed.to_bytes(16, "little")
+        key = self.seed.to_bytes(8, "little")
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
         at = int.from_bytes(digest, "little") / 2**64
         return SPLITS[min(bisect_right(self._bounds, at), self._last)]
@@ -675,9 +680,10 @@ def _of_records(job: _Job, piece: _Piece, place: Place) -> _Parts:
     records = piece.source
     assert isinstance(records, Records)
     before = place.offset
-    for text, after, done in records.read(place):
+    for text, after in records.read(place):
+        size, before = after.offset - before, after.offset
         if len(text) <= sources.BLOCK_BYTES:
-            yield _Part(records.name, text, None, True, True), after, done - before
+            yield _Part(records.name, text, None, True, True), after, size
         else:
             split, content = job.split_of(text), text.encode()
             del text
@@ -685,8 +691,7 @@ def _of_records(job: _Job, piece: _Piece, place: Place) -> _Parts:
             for part, _, _ in _of_text(
                 job, _Piece(whole, 0, whole.size, split), Place()
             ):
-                yield part, after if part.last else None, (done - before) * part.last
-        before = done
+                yield part, after if part.last else None, size * part.last
 
 
 # --- What has been done ---------------------------------------------------------------
@@ -777,15 +782,19 @@ class _Workplace:
 
     def __enter__(self) -> "_Workplace":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("wb")
+        path = self.folder / ".lock"
+        self._lock = path.open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.fstat(self._lock.fileno())
+            if path.exists() and os.path.samestat(path.stat(), held):
+                return self  # and not of a folder that has just been finished
         except BlockingIOError:
-            self._lock.close()
-            raise BlockingIOError(
-                f"another process is preparing {self.out}: it has locked {self.folder}"
-            ) from None
-        return self
+            pass
+        self._lock.close()
+        raise BlockingIOError(
+            f"another process is preparing {self.out}: it has locked {self.folder}"
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # What bad input left is of no use; what was interrupted can go on.
@@ -811,6 +820,9 @@ class _Workplace:
         paths = [str(stored) if each == "-" else str(each) for each in given]
         return paths, digest.hexdigest()
 
+    def holds(self, name: str) -> bool:
+        return Path(name).parent == self.folder
+
     def resume(self, request: Mapping[str, Any]) -> _State | None:
         """What an earlier run of the same request has left; without, a clean folder.
 
@@ -831,7 +843,7 @@ class _Workplace:
                         f"one, or remove the folder"
                     )
             self._request = dict(request)
-            if state is not None and asked == request and self._holds(state):
+            if state is not None and asked == request and self._is_whole(state):
                 return state
         self._request = dict(request)
         for path in self.folder.iterdir():
@@ -841,7 +853,7 @@ class _Workplace:
                 path.unlink()
         return None
 
-    def _holds(self, state: _State) -> bool:
+    def _is_whole(self, state: _State) -> bool:
         """Whether the shards are as long as was committed."""
         full = self._request["shard_tokens"]
         for name, counts in state.counts.items():

@@ -41,6 +41,16 @@ class Split:
     shards: tuple[Shard, ...]
     unknown: int = 0
 
+    def __str__(self) -> str:
+        tokens = f"{self.tokens} tokens"
+        if not self.documents:
+            return tokens
+        return (
+            f"{self.documents} documents, {self.bytes} bytes, {tokens}, "
+            f"{self.bytes / self.tokens:.2f} bytes per token, "
+            f"{self.unknown / self.tokens:.3%} unknown"
+        )
+
 
 @dataclass(frozen=True)
 class Index:

@@ -106,7 +106,7 @@ def _whole_characters(data: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where reading of `Records` goes on: after `number` of them, at byte `offset`."""
+    """Where reading goes on: `offset` stored bytes and `number` records are done."""
 
     offset: int = 0
     number: int = 0
@@ -129,14 +129,14 @@ class Records:
     form: str
     field: str
 
-    def read(self, place: Place = Place()) -> Iterator[tuple[str, Place, int]]:
-        """(text, the place after it, stored bytes read) of each document from there.
+    def read(self, place: Place = Place()) -> Iterator[tuple[str, Place]]:
+        """(text, the place after it) of each document from there.
 
         Empty documents and nulls are left out. Raises ValueError, naming file and
         record, on what is damaged or no text.
         """
         reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hf": _read_hf}
-        for value, after, done in reader[self.form](self, place):
+        for value, after in reader[self.form](self, place):
             if value is None or value == "":
                 continue
             if not isinstance(value, str):
@@ -147,10 +147,10 @@ class Records:
                 except UnicodeEncodeError as error:
                     what = f"{value[error.start]!a} is no character"
                     raise self._bad(after.number, what) from None
-            yield value, after, done
+            yield value, after
 
     def texts(self) -> Iterator[str]:
-        return (text for text, _, _ in self.read())
+        return (text for text, _ in self.read())
 
     def _bad(self, number: int, what: str) -> ValueError:
         unit = {"jsonl": "line", "parquet": "row", "hf": "example"}[self.form]
@@ -166,7 +166,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-_Values = Iterator[tuple[Any, Place, int]]
+_Values = Iterator[tuple[Any, Place]]
 
 
 def _read_jsonl(source: Records, place: Place) -> _Values:
@@ -198,7 +198,7 @@ def _read_jsonl(source: Records, place: Place) -> _Values:
                 if source.field not in record:
                     raise source._lacks(record, number)
                 done = offset if file is stored else stored.tell()
-                yield record[source.field], Place(offset, number), done
+                yield record[source.field], Place(done, number)
         except (ValueError, FileNotFoundError):
             raise
         except Exception as error:  # each way of packing has its own
@@ -258,7 +258,7 @@ def _read_parquet(source: Records, place: Place) -> _Values:
                         number += 1
                         if number > place.number:
                             done = (source.size or 0) * number // rows
-                            yield value, Place(0, number), done
+                            yield value, Place(done, number)
         except ArrowException as error:
             raise ValueError(f"{source.name}: damaged: {error}") from None
 
@@ -271,7 +271,7 @@ def _read_hf(source: Records, place: Place) -> _Values:
             number += 1
             if source.field not in example:
                 raise source._lacks(example, number)
-            yield example[source.field], Place(0, number), 0
+            yield example[source.field], Place(0, number)
     except ValueError:
         raise
     except Exception as error:  # of its own kinds
@@ -415,6 +415,7 @@ def _remote_files(url: str, field: str, form: str) -> list[Document | Records]:
     with _reading(url):
         if glob.has_magic(path):
             details = filesystem.glob(path, detail=True)
+            details = {n: i for n, i in details.items() if not _is_hidden(n)}
         elif filesystem.isdir(path):
             details = filesystem.find(path, detail=True)
             details = {
@@ -444,8 +445,12 @@ def _stamp(info: Mapping[str, Any]) -> str:
 
 def _is_text(name: str) -> bool:
     """Whether a file in a folder is taken, by its path below it."""
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return name.lower().endswith(TEXT_SUFFIXES + RECORD_SUFFIXES) and not hidden
+    suffixes = TEXT_SUFFIXES + RECORD_SUFFIXES
+    return name.lower().endswith(suffixes) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _wanted() -> str:
