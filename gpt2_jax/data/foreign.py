@@ -20,7 +20,9 @@ MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's ids, Llama 3's
 HEADER_BYTES = 4 * 256
 DTYPES = ("uint16", "uint32")
 SAMPLE = 1 << 20  # ids that tell a dtype, or are checked in one piece
-_NAME = re.compile(r"(?:.*[_-])?(train|validation|val|test)(?:[_-]\d+)?\.bin")
+# Ours, train-00000.bin, are not among them: without an index they are unfinished.
+_SPLIT = "(train|validation|val|test)"
+_NAME = re.compile(rf"{_SPLIT}\.bin|.+[_-]{_SPLIT}(?:[_-]\d+)?\.bin")
 
 
 def is_foreign(path: str | Path | None) -> bool:
@@ -35,7 +37,8 @@ def _shards(folder: Path) -> Iterator[tuple[str, Path]]:
     """(split, file), in the order of names."""
     for file in sorted(folder.glob("*.bin")):
         if found := _NAME.fullmatch(file.name):
-            yield {"val": "validation"}.get(found[1], found[1]), file
+            split = found[1] or found[2]
+            yield {"val": "validation"}.get(split, split), file
 
 
 def tokenizer_of(folder: str | Path, given: Tokenizer | None = None) -> Tokenizer:
