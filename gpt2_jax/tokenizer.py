@@ -34,11 +34,18 @@ class Tokenizer(Protocol):
         """The end-of-text token: it follows every document."""
 
     @property
+    def unk_id(self) -> int:
+        """What stands for all that is not known; -1 where everything is."""
+
+    @property
     def token_bytes(self) -> Sequence[bytes]:
         """What each id stands for. ValueError where there is no text."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. ValueError on a lone surrogate."""
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same as an array of integers [n]; the fastest form."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; bytes that are no UTF-8 (a cut sequence) become U+FFFD.
@@ -56,6 +63,13 @@ class _TableTokenizer:
 
     _table: list[bytes]
     eot_id: int
+    unk_id = -1
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), np.int64)
 
     @property
     def vocab_size(self) -> int:
@@ -162,6 +176,7 @@ class NoTokenizer:
     """Stands where a model came without one: token ids only, ValueError on text."""
 
     kind = "none"
+    unk_id = -1
 
     def __init__(self, vocab_size: int, eot_id: int, why: str):
         self.vocab_size, self.eot_id, self.why = vocab_size, eot_id, why
@@ -172,6 +187,9 @@ class NoTokenizer:
 
     def encode(self, text: str) -> list[int]:
         raise ValueError(f"text needs a tokenizer, give token ids: {self.why}")
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         raise ValueError(f"text needs a tokenizer: {self.why}")
@@ -283,10 +301,20 @@ class GPT2Tokenizer(_TableTokenizer):
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
-        ranks: list[int] = []
-        for part in _cut_long_runs(text):
+        parts = _cut_long_runs(text)
+        ranks = self._bpe.encode_ordinary(parts[0])
+        for part in parts[1:]:
             ranks += self._bpe.encode_ordinary(part)
         return ranks if self._id_of_rank is None else self._id_of_rank[ranks].tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        _utf8(text)
+        parts = [
+            self._bpe.encode_to_numpy(part, disallowed_special=())
+            for part in _cut_long_runs(text)
+        ]
+        ranks = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return ranks if self._id_of_rank is None else self._id_of_rank[ranks]
 
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
@@ -383,6 +411,61 @@ def _merged_tokens(
     return list(tokens)
 
 
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, *, special_tokens: Sequence[str] = ()
+) -> GPT2Tokenizer:
+    """Trains GPT-2's kind of BPE by the library tokenizers (the extra `tokenizers`).
+
+    Ids: the 256 bytes, the merges in their order, the end of text, special_tokens. The
+    same texts, in the same parts, give the same tokenizer.
+
+    Raises ValueError, naming the limit, when the text cannot fill vocab_size or the
+    bytes and special tokens do not fit in it, on special tokens as
+    `check_special_tokens`, and when the library is missing.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            "training a byte-level BPE needs the package tokenizers: "
+            "pip install 'gpt2-jax[tokenizers]'"
+        ) from None
+    check_special_tokens(special_tokens)
+    special = [END_OF_TEXT, *special_tokens]
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise ValueError(
+            f"{vocab_size=} is too small: 256 bytes and {len(special)} special tokens "
+            f"need {least}"
+        )
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = byte_level
+    bpe.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - len(special),
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    model = json.loads(bpe.to_str())["model"]
+    vocab: dict[str, int] = model["vocab"]
+    if len(vocab) + len(special) < vocab_size:
+        raise ValueError(_too_large(vocab_size, len(vocab) + len(special)))
+    for name in special:
+        if name in vocab:
+            raise ValueError(f"special token {name!r} is a token of the text as well")
+        vocab[name] = len(vocab)
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    return GPT2Tokenizer(
+        {
+            "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
+            "merges.txt": f"#version: 0.2\n{merges}".encode(),
+        }
+    )
+
+
 # --- SentencePiece --------------------------------------------------------------------
 
 BLANK = "\u2581"  # how SentencePiece writes a space
@@ -410,7 +493,7 @@ class SentencePieceTokenizer(_TableTokenizer):
             self._sp.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ValueError("not a SentencePiece model, or a damaged one") from None
-        self.eot_id = self._sp.eos_id()
+        self.eot_id, self.unk_id = self._sp.eos_id(), self._sp.unk_id()
         if self.eot_id < 0:
             raise ValueError(
                 "the SentencePiece model has no end-of-sentence piece (eos, </s>), "
@@ -484,33 +567,59 @@ class SentencePieceTokenizer(_TableTokenizer):
         return {"tokenizer.model": self._model}
 
 
+SENTENCEPIECE_MODELS = ("bpe", "unigram", "char")
+
+
 def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    model_type: str = "bpe",
+    byte_fallback: bool = True,
+    special_tokens: Sequence[str] = (),
 ) -> SentencePieceTokenizer:
-    """Trains a BPE model with byte fallback on `texts`; 2 MB take about a second.
+    """Trains a model on `texts`; 2 MB take about a second as BPE.
 
     Nothing is normalised, and runs of spaces and newlines may become pieces. The same
     texts give the same model. The text is held in memory.
 
-    Raises ValueError, naming the limit, if the corpus cannot fill vocab_size or if the
-    256 bytes, two special pieces and the corpus's characters do not fit in it.
+    Args:
+      texts: in any parts.
+      vocab_size: number of ids, all told.
+      model_type: bpe, unigram or char; char takes the most frequent characters.
+      byte_fallback: characters that are not known are written as bytes, so that any
+        text is exact; without, they become the unknown piece.
+      special_tokens: names of ids that no text is encoded to; they follow the unknown
+        piece and the end of text.
+
+    Raises ValueError, naming the limit, if the corpus cannot fill vocab_size, if the
+    256 bytes, the special pieces and the corpus's characters do not fit in it, or on
+    special tokens as `check_special_tokens`.
     """
     import io
 
     import sentencepiece
 
-    if vocab_size < 258:
+    if model_type not in SENTENCEPIECE_MODELS:
         raise ValueError(
-            f"{vocab_size=} is too small: 256 bytes and 2 special pieces need 258"
+            f"model_type={model_type!r} is not one of {', '.join(SENTENCEPIECE_MODELS)}"
+        )
+    check_special_tokens(special_tokens)
+    n_special = 2 + len(special_tokens)
+    if vocab_size < (least := 256 * byte_fallback + n_special):
+        what = "256 bytes and " if byte_fallback else ""
+        raise ValueError(
+            f"{vocab_size=} is too small: {what}{n_special} special pieces need {least}"
         )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
-            byte_fallback=True,
+            byte_fallback=byte_fallback,
+            control_symbols=list(special_tokens),
             unk_id=0,
             eos_id=1,
             eos_piece=END_OF_TEXT,
@@ -526,7 +635,25 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise ValueError(_training_error(str(error), vocab_size)) from error
-    return SentencePieceTokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    if tokenizer.vocab_size != vocab_size:  # char stops when it has all characters
+        raise ValueError(_too_large(vocab_size, tokenizer.vocab_size))
+    return tokenizer
+
+
+def check_special_tokens(names: Sequence[str]) -> None:
+    """Raises ValueError on a name that is empty, has spaces, or comes twice.
+
+    A comma would not survive SentencePiece's options.
+    """
+    for n, name in enumerate(names):
+        if not name or re.search(r"[\s,\u2581]", name):
+            raise ValueError(
+                f"special token {name!r} is empty, or has a space or comma"
+            )
+        _utf8(name)
+        if name in (END_OF_TEXT, "<unk>", *names[:n]):
+            raise ValueError(f"special token {name!r} is there already")
 
 
 _SENTENCE = 1 << 20  # characters
@@ -546,16 +673,19 @@ def _training_error(message: str, vocab_size: int) -> str:
     if "sentences_.empty()" in message:
         return "no text to train a tokenizer on"
     if found := re.search(r"Vocabulary size too high .* <= (\d+)", message):
-        return (
-            f"{vocab_size=} is too large for this text, "
-            f"which yields at most {found[1]} pieces"
-        )
+        return _too_large(vocab_size, int(found[1]))
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
             f"{vocab_size=} is too small for this text, whose characters need "
             f"at least {found[1]} pieces"
         )
     return f"SentencePiece could not be trained with {vocab_size=}: {message}"
+
+
+def _too_large(vocab_size: int, most: int) -> str:
+    return (
+        f"{vocab_size=} is too large for this text, which yields at most {most} pieces"
+    )
 
 
 # --- Files ----------------------------------------------------------------------------

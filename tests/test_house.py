@@ -32,6 +32,8 @@ HOUSE = [
     "data.sft",
     "data.loader",
     "data.prepare",
+    "data.foreign",
+    "data.shards",
     "data.sources",
     "interop.nanogpt",
     "interop.llmc",

@@ -34,7 +34,8 @@ class TokenDataset:
         dtype = np.dtype(self.index.dtype).newbyteorder("<")
         shards = self.index.splits[split].shards
         self._shards = [
-            np.memmap(self.folder / shard.name, dtype, mode="r") for shard in shards
+            np.memmap(self.folder / shard.name, dtype, "r", shard.offset)
+            for shard in shards
         ]
         self._begins = [0, *accumulate(shard.tokens for shard in shards)]
 

@@ -1,35 +1,49 @@
 """Text to train on, as documents that are read block by block.
 
-A source is a text file (one document), a folder of text files (a document each), or
-nothing: the text that every Python installation carries. No document that is a file is
-ever held in memory whole.
+A source is a text file (one document), a file of many (JSON Lines, Parquet), a Hugging
+Face data set, a folder or a pattern of files, or nothing: the text that every Python
+installation carries. A text file is never held in memory whole; of the others, one
+document is.
 """
 
 import ast
+import contextlib
 import functools
+import glob
+import gzip
 import io
+import json
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
+RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+FORMATS = ("auto", "text", "jsonl", "parquet")
 BLOCK_BYTES = 1 << 20
+LINE_BYTES = 1 << 26  # of a JSON object, at most
+
+Paths = str | Path | Sequence[str | Path]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """A text of `size` bytes of UTF-8: a file at `path`, or `text` itself."""
+    """A text of `size` bytes of UTF-8: a file, or `text` itself.
+
+    `name` is the file's path or URL; `stamp` is another one when it was changed.
+    """
 
     name: str
     size: int
-    path: Path | None = None
-    text: bytes = field(default=b"", repr=False)
+    stamp: str = ""
+    text: bytes | None = field(default=None, repr=False)
 
     def open(self) -> BinaryIO:
-        return io.BytesIO(self.text) if self.path is None else self.path.open("rb")
+        return open_file(self.name) if self.text is None else io.BytesIO(self.text)
 
     def character_start(self, offset: int) -> int:
         """The last byte offset <= `offset` at which a character starts."""
@@ -75,6 +89,9 @@ class Document:
                     ) from None
                 start, rest = start + end, data[end:]
 
+    def texts(self) -> Iterator[str]:
+        return self.blocks()
+
 
 def _whole_characters(data: bytes) -> int:
     """How many bytes of `data` remain when a character cut at its end is left out."""
@@ -87,31 +104,366 @@ def _whole_characters(data: bytes) -> int:
     return len(data)
 
 
-def documents(path: str | Path | None = None) -> list[Document]:
-    """The documents of a source, empty ones left out; None is `default_corpus`.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where reading goes on: `offset` stored bytes and `number` records are done."""
 
-    Raises FileNotFoundError or ValueError as `text_files` does, and ValueError if
-    there is no text at all.
+    offset: int = 0
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A file or data set of many documents, which are strings in its `field`.
+
+    Attributes:
+      name: path, URL or hf:NAME.
+      size: bytes as they are stored, or None where that is unknown.
+      stamp: another one when the content was changed.
+      form: jsonl, parquet or hf.
     """
+
+    name: str
+    size: int | None
+    stamp: str
+    form: str
+    field: str
+
+    def read(self, place: Place = Place()) -> Iterator[tuple[str, Place]]:
+        """(text, the place after it) of each document from there.
+
+        Empty documents and nulls are left out. Raises ValueError, naming file and
+        record, on what is damaged or no text.
+        """
+        reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hf": _read_hf}
+        for value, after in reader[self.form](self, place):
+            if value is None or value == "":
+                continue
+            if not isinstance(value, str):
+                raise self._bad(after.number, f"{self.field!r} is {_brief(value)}")
+            if not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError as error:
+                    what = f"{value[error.start]!a} is no character"
+                    raise self._bad(after.number, what) from None
+            yield value, after
+
+    def texts(self) -> Iterator[str]:
+        return (text for text, _ in self.read())
+
+    def _bad(self, number: int, what: str) -> ValueError:
+        unit = {"jsonl": "line", "parquet": "row", "hf": "example"}[self.form]
+        return ValueError(f"{self.name}: {unit} {number}: {what}")
+
+    def _lacks(self, names: Iterable[str], number: int) -> ValueError:
+        found = ", ".join(map(str, names)) or "nothing"
+        return self._bad(number, f"no field {self.field!r}, only {found}")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+_Values = Iterator[tuple[Any, Place]]
+
+
+def _read_jsonl(source: Records, place: Place) -> _Values:
+    with open_file(source.name) as stored, _unpacked(source.name, stored) as file:
+        number = place.number
+        try:
+            if file is stored:
+                file.seek(place.offset)
+            else:
+                for _ in range(number):
+                    file.readline()
+            offset = place.offset
+            while line := file.readline(LINE_BYTES + 1):
+                number, offset = number + 1, offset + len(line)
+                if len(line) > LINE_BYTES:
+                    raise source._bad(number, f"longer than {LINE_BYTES} bytes")
+                if line.isspace():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    what = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
+                    raise source._bad(number, f"not {what} ({error})") from None
+                except RecursionError:
+                    raise source._bad(number, "not JSON (too deep)") from None
+                if not isinstance(record, dict):
+                    what = f"{_brief(record)} is no JSON object"
+                    raise source._bad(number, what)
+                if source.field not in record:
+                    raise source._lacks(record, number)
+                done = offset if file is stored else stored.tell()
+                yield record[source.field], Place(done, number)
+        except (ValueError, FileNotFoundError):
+            raise
+        except Exception as error:  # each way of packing has its own
+            raise source._bad(number + 1, f"can't be read: {error}") from None
+
+
+def _unpacked(name: str, stored: BinaryIO) -> BinaryIO:
+    if name.endswith(".gz"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stored))
+    if name.endswith(".zst"):
+        return cast(BinaryIO, _zstd().ZstdFile(stored))
+    return stored
+
+
+def _zstd() -> Any:
+    """Python 3.14's module, which `backports` brings to the older ones."""
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            import backports.zstd as zstd
+        except ImportError:
+            raise _missing("zstandard files", "backports.zstd", "zstd") from None
+    return zstd
+
+
+def _missing(what: str, package: str, extra: str) -> ValueError:
+    return ValueError(
+        f"{what} need the package {package}: pip install 'gpt2-jax[{extra}]'"
+    )
+
+
+def _read_parquet(source: Records, place: Place) -> _Values:
+    try:
+        from pyarrow import ArrowException, parquet, types
+    except ImportError:
+        raise _missing("Parquet files", "pyarrow", "parquet") from None
+    with open_file(source.name) as stored:
+        try:
+            file = parquet.ParquetFile(stored)
+            schema = file.schema_arrow
+            if source.field not in schema.names:
+                raise source._lacks(schema.names, 1)
+            kind = schema.field(source.field).type
+            if not (types.is_string(kind) or types.is_large_string(kind)):
+                raise source._bad(1, f"{source.field!r} is of type {kind}, no string")
+            number, rows = 0, max(1, file.metadata.num_rows)
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number + size <= place.number:  # all of it is done
+                    number += size
+                    continue
+                for batch in file.iter_batches(
+                    256, [group], [source.field], use_threads=False
+                ):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        if number > place.number:
+                            done = (source.size or 0) * number // rows
+                            yield value, Place(done, number)
+        except ArrowException as error:
+            raise ValueError(f"{source.name}: damaged: {error}") from None
+
+
+def _read_hf(source: Records, place: Place) -> _Values:
+    dataset, _ = _load_hf(source.name)
+    number = place.number
+    try:
+        for example in dataset.skip(number):
+            number += 1
+            if source.field not in example:
+                raise source._lacks(example, number)
+            yield example[source.field], Place(0, number)
+    except ValueError:
+        raise
+    except Exception as error:  # of its own kinds
+        raise OSError(f"{source.name}: after example {number}: {error}") from error
+
+
+def _load_hf(name: str) -> tuple[Any, str]:
+    """The streamed data set of `hf:NAME[:CONFIG[:SPLIT]]`, and its revision."""
+    try:
+        import datasets
+    except ImportError:
+        raise _missing("Hugging Face data sets", "datasets", "datasets") from None
+    path, config, split = (*name.removeprefix("hf:").split(":"), "", "")[:3]
+    revision = None
+    try:
+        if not Path(path).exists():
+            import huggingface_hub
+
+            revision = huggingface_hub.HfApi().dataset_info(path).sha
+        return datasets.load_dataset(
+            path, config or None, split=split or "train", streaming=True,
+            revision=revision,
+        ), revision or ""  # fmt: skip
+    except Exception as error:  # of its own kinds
+        raise OSError(f"{name} can't be opened: {error}") from error
+
+
+def _hf_source(name: str, field: str) -> Records:
+    if not name.removeprefix("hf:").split(":")[0]:
+        raise ValueError(f"{name!r} names no data set: hf:NAME[:CONFIG[:SPLIT]]")
+    return Records(name, None, _load_hf(name)[1], "hf", field)
+
+
+# --- What a path stands for -----------------------------------------------------------
+
+
+def open_file(name: str) -> BinaryIO:
+    """A path, or a URL by fsspec, for reading."""
+    if "://" not in name:
+        return open(name, "rb")
+    filesystem, path = _remote(name)
+    with _reading(name):
+        return cast(BinaryIO, filesystem.open(path, "rb"))
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    """(fsspec's file system, path there) of a URL."""
+    import fsspec
+
+    with _reading(url):
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+
+
+@contextlib.contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """One kind of error, with the URL, for all that file systems raise."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such file or folder: {url}") from None
+    except Exception as error:
+        raise OSError(f"{url} can't be read: {error}") from error
+
+
+def documents(
+    path: Paths | None = None, *, field: str = "text", form: str = "auto"
+) -> list[Document | Records]:
+    """The documents of a source, empty files left out; None is `default_corpus`.
+
+    Args:
+      path: a file, a folder, a pattern (`*`, `?`, `[...]`, `**` for any folders), a
+        URL of one of these, `hf:NAME[:CONFIG[:SPLIT]]`, or a list of such.
+      field: of JSON objects, of Parquet's columns, of examples: the text.
+      form: what files are: text, jsonl or parquet; auto goes by their names, and what
+        is neither `.jsonl`, `.jsonl.gz`, `.jsonl.zst` nor `.parquet` is a text.
+
+    Raises FileNotFoundError or ValueError as `text_files` does, OSError on what can't
+    be read, and ValueError if there is no text at all or a file comes twice.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format={form!r} is not one of {', '.join(FORMATS)}")
+    if not field:
+        raise ValueError("field='' names no field")
     if path is None:
         return [
             Document(name, len(text), text=text)
             for name, text in _default_documents()
             if text
         ]
-    files = ((file, file.stat().st_size) for file in text_files(path))
-    found = [Document(str(file), size, path=file) for file, size in files if size]
+    given = [path] if isinstance(path, str | Path) else list(path)
+    found: list[Document | Records] = []
+    for each in map(str, given):
+        if not each:
+            raise ValueError("a path is empty")
+        if each.startswith("hf:") and "://" not in each:
+            found.append(_hf_source(each, field))
+        elif "://" in each:
+            found += _remote_files(each, field, form)
+        else:
+            found += (
+                _file_of(
+                    str(file), status.st_size, str(status.st_mtime_ns), field, form
+                )
+                for file in text_files(each)
+                if (status := file.stat()).st_size
+            )
     if not found:
-        raise ValueError(f"no text in {path}: every file is empty")
+        raise ValueError(f"no text in {_listed(given)}: every file is empty")
+    name, times = Counter(source.name for source in found).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{name} is given {times} times")
     return found
 
 
-def text_files(path: str | Path) -> list[Path]:
-    """A file given directly, whatever its name; or all text files below a folder.
+def split_paths(flags: Iterable[str]) -> list[str]:
+    """The paths of repeatable flags, which may hold several with commas between."""
+    return [
+        path
+        for flag in flags
+        for path in ([flag] if Path(flag).exists() else flag.split(","))
+    ]
 
-    In a folder a text file is one that ends in .txt, .text, .md, .markdown, .rst, .tex
-    or .org, in any case; names that start with a dot, and what is below them, are
-    skipped. Sorted by path, so that the order is the same everywhere.
+
+def _listed(given: Sequence[str | Path]) -> str:
+    return ", ".join(map(str, given))
+
+
+def _file_of(
+    name: str, size: int, stamp: str, field: str, form: str
+) -> Document | Records:
+    if form == "auto":
+        ending = next((s for s in RECORD_SUFFIXES if name.lower().endswith(s)), "")
+        form = ending.split(".")[1] if ending else "text"
+    if form == "text":
+        return Document(name, size, stamp)
+    return Records(name, size, stamp, form, field)
+
+
+def _remote_files(url: str, field: str, form: str) -> list[Document | Records]:
+    filesystem, path = _remote(url)
+    with _reading(url):
+        if glob.has_magic(path):
+            details = filesystem.glob(path, detail=True)
+            details = {n: i for n, i in details.items() if not _is_hidden(n)}
+        elif filesystem.isdir(path):
+            details = filesystem.find(path, detail=True)
+            details = {
+                name: info
+                for name, info in details.items()
+                if _is_text(name.removeprefix(path).strip("/"))
+            }
+        else:
+            details = {path: filesystem.info(path)}
+        details = {n: i for n, i in details.items() if i["type"] == "file"}
+    if not details:
+        raise FileNotFoundError(f"no text file in {url}: looked for {_wanted()}")
+    return [
+        _file_of(
+            filesystem.unstrip_protocol(name), info["size"], _stamp(info), field, form
+        )
+        for name, info in sorted(details.items())
+        if info["size"]
+    ]
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    """Of a remote file: its hash or time, whatever its file system calls them."""
+    names = ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created")
+    return next((str(info[name]) for name in names if info.get(name)), "")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file in a folder is taken, by its path below it."""
+    suffixes = TEXT_SUFFIXES + RECORD_SUFFIXES
+    return name.lower().endswith(suffixes) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _wanted() -> str:
+    return ", ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES + RECORD_SUFFIXES)
+
+
+def text_files(path: str | Path) -> list[Path]:
+    """A file given directly, whatever its name; all of a pattern; or those of a folder.
+
+    In a folder a file is taken if it ends in .txt, .text, .md, .markdown, .rst, .tex,
+    .org, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, in any case; names that start with
+    a dot, and what is below them, are skipped. Sorted by path, so that the order is the
+    same everywhere.
 
     Raises FileNotFoundError if there is no such path, or no text file in the folder.
     """
@@ -120,19 +472,19 @@ def text_files(path: str | Path) -> list[Path]:
         relative = sorted(
             file.relative_to(path).as_posix()
             for file in path.rglob("*")
-            if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
+            if file.is_file()
         )
-        files = [
-            path / name
-            for name in relative
-            if not any(part.startswith(".") for part in name.split("/"))
-        ]
+        files = [path / name for name in relative if _is_text(name)]
         if not files:
             raise FileNotFoundError(
-                f"no text file in the folder {path}: looked for "
-                f"{', '.join('*' + suffix for suffix in TEXT_SUFFIXES)}"
+                f"no text file in the folder {path}: looked for {_wanted()}"
             )
         return files
+    if not path.exists() and glob.has_magic(str(path)):
+        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+        if files := [file for file in matches if file.is_file()]:
+            return files
+        raise FileNotFoundError(f"no file matches {path}")
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if not path.is_file():

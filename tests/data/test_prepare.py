@@ -164,10 +164,18 @@ def test_the_tokenizer_is_carried(book: Path, tmp_path: Path):
 
 
 def test_the_default_corpus(tmp_path: Path):
-    done: list[int] = []
-    index = prepare(None, tmp_path / "out", ByteTokenizer(), progress=done.append)
+    seen: list[tuple[int, int | None, int]] = []
+    index = prepare(
+        None,
+        tmp_path / "out",
+        ByteTokenizer(),
+        progress=lambda *state: seen.append(state),
+    )
     total = sum(part.bytes for part in index.splits.values())
-    assert sum(done) == total > 1_400_000
+    tokens = sum(part.tokens for part in index.splits.values())
+    assert seen == sorted(seen)
+    assert seen[-1] == (total, total, tokens)
+    assert total > 1_400_000
     assert abs(index.splits["train"].bytes / total - 0.9) < 1e-5
 
 
@@ -202,7 +210,7 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(tmp_path: Path):
 import sys, time
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.tokenizer import ByteTokenizer
-def progress(size):
+def progress(*_):
     print("going", flush=True)
     time.sleep(60)
 prepare(sys.argv[1], sys.argv[2], ByteTokenizer(), progress=progress)
@@ -215,7 +223,8 @@ prepare(sys.argv[1], sys.argv[2], ByteTokenizer(), progress=progress)
         assert process.stdout.readline() == b"going\n"
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
-    (left,) = tmp_path.glob("out.tmp-*")
+    left = tmp_path / "out.partial"
+    assert left.is_dir()
     for folder in (out, left):
         with pytest.raises(FileNotFoundError, match=r"index\.json is missing"):
             load_index(folder)
