@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
     d = c.data = ConfigDict()
     d.kind = "text"  # or sft: a file of examples, see gpt2_jax/data/sft.py
     d.template = ""  # of sft's messages, as "{role}: {content}\n"
-    d.path = ""  # text file, folder of them, or prepared folder; "": built-in corpus
+    d.path = ""  # what prepare_data.py --path takes, a prepared folder, or shards of
+    # nanoGPT, llm.c or modded-nanogpt (docs/data.md); "": built-in corpus
     d.tokenizer = ""  # sentencepiece, char, bytes, or path of a given one; "": that of
     # init_from, without it sentencepiece
     d.vocab_size = 4096  # of a tokenizer to train; 0: what the tokenizer has
