@@ -10,19 +10,16 @@ line is a seed, with the validation loss before the first step and after the las
 the fresh one. Tokens are bytes.
 """
 
-import sys
+import runpy
 import tempfile
 from pathlib import Path
 
 from absl import app, flags
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from gpt2_jax.metrics import read_metrics
+from gpt2_jax.train import TrainConfig, train
 
-from configs import default  # noqa: E402
-from gpt2_jax.metrics import read_metrics  # noqa: E402
-from gpt2_jax.train import TrainConfig, train  # noqa: E402
-
+DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
 _TEXT = flags.DEFINE_string("text", None, "The second corpus.", required=True)
 _BASE_STEPS = flags.DEFINE_integer("base_steps", 600, "On the first.", lower_bound=20)
 _STEPS = flags.DEFINE_integer("steps", 200, "On the second.", lower_bound=20)
@@ -40,7 +37,7 @@ def losses(
     workdir: Path, seed: int, steps: int, **values: object
 ) -> tuple[float, float]:
     """The validation loss of a run before its first step and after its last."""
-    c = default.get_config()
+    c = runpy.run_path(str(DEFAULT))["get_config"]()
     c.update_from_flattened_dict(
         {
             **{"seed": seed, "steps": steps, "batch_size": 16, "block_size": 64},

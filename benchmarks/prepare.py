@@ -27,12 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax.data.prepare import prepare
+from gpt2_jax.tokenizer import GPT2Tokenizer, load_tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from gpt2_jax.data.prepare import prepare  # noqa: E402
-from gpt2_jax.tokenizer import GPT2Tokenizer, load_tokenizer  # noqa: E402
-
 THREADS = 2
 BLOCK = 1 << 20
 

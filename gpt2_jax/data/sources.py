@@ -15,6 +15,7 @@ import io
 import json
 import sysconfig
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,10 +200,16 @@ def _read_jsonl(source: Records, place: Place) -> _Values:
                     raise source._lacks(record, number)
                 done = offset if file is stored else stored.tell()
                 yield record[source.field], Place(done, number)
-        except (ValueError, FileNotFoundError):
+        except FileNotFoundError:
             raise
-        except Exception as error:  # each way of packing has its own
+        except _unpacking_errors(source.name) as error:
             raise source._bad(number + 1, f"can't be read: {error}") from None
+
+
+def _unpacking_errors(name: str) -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    plain = (OSError, EOFError, zlib.error)
+    return (*plain, _zstd().ZstdError) if name.endswith(".zst") else plain
 
 
 def _unpacked(name: str, stored: BinaryIO) -> BinaryIO:
@@ -266,16 +273,19 @@ def _read_parquet(source: Records, place: Place) -> _Values:
 def _read_hf(source: Records, place: Place) -> _Values:
     dataset, _ = _load_hf(source.name)
     number = place.number
-    try:
-        for example in dataset.skip(number):
-            number += 1
-            if source.field not in example:
-                raise source._lacks(example, number)
-            yield example[source.field], Place(0, number)
-    except ValueError:
-        raise
-    except Exception as error:  # of its own kinds
-        raise OSError(f"{source.name}: after example {number}: {error}") from error
+    examples = iter(dataset.skip(number))
+    while True:
+        try:
+            example = next(examples, None)
+        # Network, file formats, its own: they have no base in common.
+        except Exception as error:
+            raise OSError(f"{source.name}: after example {number}: {error}") from error
+        if example is None:
+            return
+        number += 1
+        if source.field not in example:
+            raise source._lacks(example, number)
+        yield example[source.field], Place(0, number)
 
 
 def _load_hf(name: str) -> tuple[Any, str]:
@@ -295,7 +305,7 @@ def _load_hf(name: str) -> tuple[Any, str]:
             path, config or None, split=split or "train", streaming=True,
             revision=revision,
         ), revision or ""  # fmt: skip
-    except Exception as error:  # of its own kinds
+    except Exception as error:  # no base in common, as in `_read_hf`
         raise OSError(f"{name} can't be opened: {error}") from error
 
 
@@ -327,7 +337,10 @@ def _remote(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _reading(url: str) -> Iterator[None]:
-    """One kind of error, with the URL, for all that file systems raise."""
+    """One kind of error, with the URL, for all that file systems raise.
+
+    Each of fsspec's stores raises what its client does, which has no base in common.
+    """
     try:
         yield
     except FileNotFoundError:
