@@ -17,7 +17,8 @@ from pathlib import Path
 from absl import app, flags
 
 from gpt2_jax.metrics import read_metrics
-from gpt2_jax.train import TrainConfig, train
+from gpt2_jax.train import train
+from gpt2_jax.train_config import TrainConfig
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
 _TEXT = flags.DEFINE_string("text", None, "The second corpus.", required=True)

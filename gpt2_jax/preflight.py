@@ -31,7 +31,8 @@ from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, count_params
 from gpt2_jax.optim import Optimizer, make_optimizer
 from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
-from gpt2_jax.train import TrainConfig, jit_step, make_model
+from gpt2_jax.train import jit_step, make_model
+from gpt2_jax.train_config import TrainConfig
 from gpt2_jax.train_step import TrainState, abstract_state
 
 HEADROOM = 0.15  # share of a chip's memory that is kept free

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from gpt2_jax import cli, preflight
 from gpt2_jax.chips import CHIPS, chip_named
-from gpt2_jax.train import TrainConfig
+from gpt2_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: configs/NAME.py.")
 _CHIP = flags.DEFINE_string(

@@ -14,7 +14,8 @@ from ml_collections import config_flags
 
 from gpt2_jax import cli
 from gpt2_jax.distributed import Job, run
-from gpt2_jax.train import TrainConfig, train
+from gpt2_jax.train import train
+from gpt2_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)

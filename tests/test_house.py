@@ -21,6 +21,7 @@ HOUSE = [
     "finetune",
     "evaluate",
     "verify",
+    "train_config",
     "train_step",
     "beam",
     "generate",

@@ -317,7 +317,7 @@ import sys
 from configs import gpt2_1558m
 from gpt2_jax import preflight
 from gpt2_jax.chips import chip_named
-from gpt2_jax.train import TrainConfig
+from gpt2_jax.train_config import TrainConfig
 
 chip, n_devices, remat = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 preflight.fake_devices(n_devices)

@@ -15,14 +15,12 @@ from gpt2_jax.sharding import make_mesh, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer
 from gpt2_jax.train import (
     StopSignals,
-    TrainConfig,
-    changes,
     global_batch,
     make_model,
     make_writable,
-    plain,
     train,
 )
+from gpt2_jax.train_config import TrainConfig, changes, plain
 
 CONFIGS = sorted(path.stem for path in Path(default.__file__).parent.glob("*.py"))
 

@@ -1,0 +1,231 @@
+"""A run's configuration: frozen, checked, and which examples each of its steps has."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from jax.sharding import Mesh
+
+from gpt2_jax import optim, sharding
+from gpt2_jax.attention import check_attention
+from gpt2_jax.data.loader import PACKINGS, mixture_shares
+from gpt2_jax.data.sft import check_template
+from gpt2_jax.lora import LoraConfig
+from gpt2_jax.model import dtype_named, remat_policy
+
+KINDS = ("text", "sft")  # of data
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text is from; see configs/default.py for each field."""
+
+    kind: str
+    template: str
+    path: str
+    tokenizer: str
+    mixture: tuple[tuple[str, float], ...]
+    packing: str
+    vocab_size: int
+    splits: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name, choices in (("packing", PACKINGS), ("kind", KINDS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"data.{name}={value!r} is not one of {', '.join(choices)}"
+                )
+        if self.template:
+            check_template(self.template)
+        if self.kind == "sft" and not self.path:
+            raise ValueError("data.kind=sft needs data.path, a file of examples")
+        if self.kind == "text" and self.template:
+            raise ValueError(f"data.template={self.template!r} is for data.kind=sft")
+        if not self.mixture:
+            return
+        try:
+            paths = [str(path) for path, _ in self.mixture]
+            weights = [float(weight) for _, weight in self.mixture]
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"data.mixture={self.mixture} must be pairs of a prepared folder and "
+                "its weight"
+            ) from None
+        if self.path:
+            raise ValueError(f"data.path={self.path} and data.mixture: give one")
+        mixture_shares(weights)
+        if twice := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ValueError(f"data.mixture names {twice[0]} twice")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int
+    examples: int
+    patience: int
+    sample_tokens: int
+    sample_prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int
+    keep_last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run. Defaults and the meaning of each key: configs/default.py.
+
+    Raises:
+      ValueError: on an impossible value, naming it.
+    """
+
+    seed: int
+    init_from: str
+    steps: int
+    batch_size: int
+    batch_warmup: tuple[tuple[int, int], ...]
+    block_size: int
+    device_batch_size: int
+    dtype: str
+    attention: str
+    remat: str
+    log_every: int
+    model: Mapping[str, Any]  # GPT2Config's fields; vocab_size 0: the tokenizer's
+    data: DataConfig
+    optim: optim.OptimConfig
+    lora: LoraConfig
+    mesh: MeshConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("steps", "batch_size", "block_size", "log_every")
+        for name, value in [
+            *((name, getattr(self, name)) for name in at_least_1),
+            ("eval.every", self.eval.every),
+            ("checkpoint.every", self.checkpoint.every),
+            ("checkpoint.keep_last", self.checkpoint.keep_last),
+        ]:
+            if value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        for name, value in [
+            ("seed", self.seed),
+            ("device_batch_size", self.device_batch_size),
+            ("eval.examples", self.eval.examples),
+            ("eval.patience", self.eval.patience),
+            ("eval.sample_tokens", self.eval.sample_tokens),
+            ("model.vocab_size", self.model["vocab_size"]),
+            ("model.n_positions", self.model["n_positions"]),
+        ]:
+            if value < 0:
+                raise ValueError(f"{name}={value} must be >= 0")
+        stages = [(0, 1), *self.batch_warmup, (math.inf, self.batch_size)]
+        for (tokens, size), (later, larger) in itertools.pairwise(stages):
+            if not (tokens < later and size <= larger):
+                raise ValueError(
+                    f"batch_warmup={self.batch_warmup} must be pairs of tokens and "
+                    f"batch size that rise to batch_size={self.batch_size}"
+                )
+        if 0 < self.model["n_positions"] < self.block_size:
+            raise ValueError(
+                f"block_size={self.block_size} exceeds "
+                f"model.n_positions={self.model['n_positions']}"
+            )
+        if self.lora.rank and not self.init_from:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} adapts nothing: set init_from"
+            )
+        if self.lora.rank and self.optim.name == "muon":
+            raise ValueError(
+                f"optim.name=muon is for kernels, and lora.rank={self.lora.rank} "
+                "trains none"
+            )
+        dtype_named(self.dtype)
+        check_attention(self.attention)
+        remat_policy(self.remat)
+        optim.schedule(self.optim, self.steps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of nested plain data, as a config file gives it."""
+        sections = {
+            "data": DataConfig,
+            "optim": optim.OptimConfig,
+            "lora": LoraConfig,
+            "mesh": MeshConfig,
+            "eval": EvalConfig,
+            "checkpoint": CheckpointConfig,
+        }
+        return cls(
+            **{k: sections[k](**v) if k in sections else v for k, v in values.items()}
+        )
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """None where all parameters are trained."""
+        return self.lora if self.lora.rank else None
+
+    def batch(self, step: int) -> range:
+        """The numbers of the examples of the batch of a step, the run's first being 0.
+
+        `batch_warmup` says until how many tokens a batch has how many examples.
+        """
+        at, first = 0, 0  # step and example at which a stage begins
+        for tokens, size in self.batch_warmup:
+            left = tokens - first * self.block_size
+            steps = max(0, -(-left // (size * self.block_size)))
+            if step < at + steps:
+                return range(first + (step - at) * size, first + (step - at + 1) * size)
+            at, first = at + steps, first + steps * size
+        first += (step - at) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def microbatches(self, batch_size: int, mesh: Mesh) -> int:
+        """Into how many microbatches, one after another, a batch is cut: the fewest.
+
+        Each is spread evenly over the mesh, at most `device_batch_size` examples to a
+        device. So the same batch is computed on any number of devices.
+
+        Raises:
+          ValueError: when that can't be.
+        """
+        shards = sharding.n_batch_shards(mesh)
+        if batch_size % shards:
+            raise ValueError(
+                f"a batch of {batch_size} examples does not divide by the {shards} "
+                "devices that it is spread over"
+            )
+        each = batch_size // shards  # examples of a device
+        limit = self.device_batch_size or each
+        return next(
+            n for n in range(1, each + 1) if each % n == 0 and each // n <= limit
+        )
+
+
+def plain(cfg: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON data."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """path -> (old, new) where two trees of plain data differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*old, *new}):
+            name = f"{path}.{key}" if path else key
+            found |= changes(old.get(key), new.get(key), name)
+        return found
+    return {} if old == new else {path: (old, new)}
