@@ -31,11 +31,10 @@ RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 _CHILD = "GPT2_JAX_STATUS_FD"  # set in the child: where it says how it ended
 _FOREVER = 30 * 24 * 3600  # seconds
 
-# What XLA's errors start with when another process is gone or does not answer.
+# What XLA's errors say when another process is gone or does not answer.
 _LOST = re.compile(
-    r"(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |"
-    r".*\b(Gloo|NCCL|coordination service)\b",
-    re.S,
+    r"\b(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |"
+    r"\b(Gloo|NCCL|coordination service|CoordinationService)\b"
 )
 
 
@@ -138,7 +137,7 @@ def is_lost_peer(error: BaseException | None) -> bool:
     """Whether an exception, or one that led to it, tells of a peer that is gone."""
     while error is not None:
         from_xla = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
-        if from_xla and _LOST.match(str(error)):
+        if from_xla and _LOST.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -65,6 +65,13 @@ def test_clusters_are_found_by_their_environment(environ, expected):
         (ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed"), True),
         (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
         (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation failed"), True),
+        (
+            jax.errors.JaxRuntimeError(
+                "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: "
+                "Task 1 heartbeat timeout"
+            ),
+            True,
+        ),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
         (ValueError("batch_size=0 must be >= 1"), False),
         (KeyError("UNAVAILABLE: "), False),

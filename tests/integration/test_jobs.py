@@ -54,8 +54,12 @@ def job(n: int, workdir: Path, *args: str) -> Iterator[list[subprocess.Popen]]:
             process.communicate()
 
 
+def stderr_of(workdir: Path, i: int) -> str:
+    return (workdir.parent / f"{workdir.name}-{i}.err").read_text()
+
+
 def error_of(workdir: Path, i: int) -> str:
-    lines = (workdir.parent / f"{workdir.name}-{i}.err").read_text().splitlines()
+    lines = stderr_of(workdir, i).splitlines()
     return next((line for line in reversed(lines) if "error: " in line), "")
 
 
@@ -139,7 +143,7 @@ def test_a_host_that_dies_ends_the_others_by_name(text, tmp_path, victim):
         wait_for_step(processes[0], workdir, 20)
         processes[victim].kill()
         began = time.monotonic()
-        assert processes[1 - victim].wait(60) == 75
+        assert processes[1 - victim].wait(60) == 75, stderr_of(workdir, 1 - victim)
         assert time.monotonic() - began < 30  # seconds
     lost = "error: another process of the job is gone or does not answer"
     assert error_of(workdir, 1 - victim).startswith(lost)
