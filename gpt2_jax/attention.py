@@ -127,6 +127,10 @@ def causal_attention(
         attention, q_BTHK.shape, q_BTHK.dtype, dropout=dropout, mesh=mesh
     )
     if backend == "xla":
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu and not dropout and q_BTHK.shape[1] > QUERIES:
+            k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, v_BTHK.dtype)
+            return _attend_by_blocks(q_BTHK, k_BHKT, v_BHTK, 0, scale, segment_BT)
         return _by_xla(
             *(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key, segment_BT)
         )
@@ -257,34 +261,62 @@ def cached_attention(
     if on_cpu:
         k_BHKS, v_BHSK = jax.lax.optimization_barrier((k_BHKS, v_BHSK))
     positions_BT = length_B[:, None] + jnp.arange(T)
+    seen_BTS = jnp.arange(k_BHKS.shape[3]) <= positions_BT[:, :, None]
     q_BHTK = q_BTHK.transpose(0, 2, 1, 3)
-    att_BHTK = _attend(q_BHTK, k_BHKS, v_BHSK, positions_BT, scale)
+    att_BHTK = _attend(q_BHTK, k_BHKS, v_BHSK, seen_BTS[:, None], scale)
     return att_BHTK.transpose(0, 2, 1, 3), k_BHKS, v_BHSK
 
 
-def _attend(q_BHTK, k_BHKS, v_BHSK, positions_BT, scale):
-    """Attention [B, H, T, K] of queries to the keys up to their positions."""
+@jax.custom_vjp
+def _attend(q_BHTK, k_BHKS, v_BHSK, seen, scale):
+    """Attention [B, H, T, K] of queries to the keys that they see: bool [..., T, S].
+
+    The gradient is the usual one, without products that would transpose [T, S]: XLA
+    on CPU does that element by element. Source of its row sums: FlashAttention,
+    https://arxiv.org/abs/2205.14135, appendix B.2.
+    """
+    return _attend_forward(q_BHTK, k_BHKS, v_BHSK, seen, scale)[0]
+
+
+def _attend_forward(q_BHTK, k_BHKS, v_BHSK, seen, scale):
     s_BHTS = scale * _product(q_BHTK, k_BHKS)
-    seen_BTS = jnp.arange(k_BHKS.shape[3]) <= positions_BT[:, :, None]
-    p_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], s_BHTS, UNSEEN), axis=-1)
-    att_BHTK = _product(p_BHTS.astype(v_BHSK.dtype), v_BHSK)
-    return att_BHTK.astype(q_BHTK.dtype)
+    p_BHTS = jax.nn.softmax(jnp.where(seen, s_BHTS, UNSEEN), axis=-1)
+    p_BHTS = p_BHTS.astype(v_BHSK.dtype)
+    att_BHTK = _product(p_BHTS, v_BHSK).astype(q_BHTK.dtype)
+    return att_BHTK, (q_BHTK, k_BHKS, v_BHSK, scale, p_BHTS, att_BHTK)
+
+
+def _attend_backward(residuals, d_BHTK):
+    q_BHTK, k_BHKS, v_BHSK, scale, p_BHTS, att_BHTK = residuals
+    dv_BHKS = _product(d_BHTK.mT, p_BHTS)
+    sum_BHT1 = (d_BHTK.astype(jnp.float32) * att_BHTK).sum(-1, keepdims=True)
+    ds_BHTS = p_BHTS * ((_product(d_BHTK, v_BHSK.mT) - sum_BHT1) * scale)
+    ds_BHTS = ds_BHTS.astype(q_BHTK.dtype)
+    dq_BHTK = _product(ds_BHTS, k_BHKS.mT).astype(q_BHTK.dtype)
+    dk_BHKS = _product(q_BHTK.mT, ds_BHTS).astype(k_BHKS.dtype)
+    return dq_BHTK, dk_BHKS, dv_BHKS.mT.astype(v_BHSK.dtype), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 QUERIES = 128  # that attend together, on a CPU
 
 
-def _attend_by_blocks(q_BTHK, k_BHKS, v_BHSK, start, scale):
-    """As `_attend`, from position `start` on, each block to the keys that it sees."""
+def _attend_by_blocks(q_BTHK, k_BHKS, v_BHSK, start, scale, segment_BT=None):
+    """Causal, from position `start` on, each block to the keys that it sees."""
     q_BHTK = q_BTHK.transpose(0, 2, 1, 3)
     T = q_BHTK.shape[2]
     size = QUERIES if jax.default_backend() == "cpu" else T
     blocks = []
     for at in range(0, T, size):
         end = min(at + size, T)
-        positions_1T = start + jnp.arange(at, end)[None]
-        seen = k_BHKS[..., : start + end], v_BHSK[:, :, : start + end]
-        blocks.append(_attend(q_BHTK[:, :, at:end], *seen, positions_1T, scale))
+        seen = jnp.arange(start + end) <= start + jnp.arange(at, end)[:, None]
+        if segment_BT is not None:
+            same = segment_BT[:, at:end, None] == segment_BT[:, None, :end]
+            seen &= same[:, None]
+        held = k_BHKS[..., : start + end], v_BHSK[:, :, : start + end]
+        blocks.append(_attend(q_BHTK[:, :, at:end], *held, seen, scale))
     return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)
 
 

@@ -163,6 +163,14 @@ def _project_forward(x, kernel, n_in):
 def _project_backward(n_in, residuals, dy):
     x, kernel = residuals
     dy = dy.astype(x.dtype)
+    if jax.default_backend() == "cpu":
+        # Of matrices: a product over several axes transposes the kernel first.
+        x_MI = x.reshape(-1, math.prod(kernel.shape[:n_in]))
+        dy_MO = dy.reshape(len(x_MI), -1)
+        kernel_IO = kernel.reshape(x_MI.shape[1], -1)
+        dx = jax.lax.dot_general(dy_MO, kernel_IO, (((1,), (1,)), ((), ())))
+        dkernel = jax.lax.dot_general(x_MI, dy_MO, (((0,), (0,)), ((), ())))
+        return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
     rows, out = range(x.ndim - n_in), range(n_in, kernel.ndim)
     dx = jax.lax.dot_general(dy, kernel, ((range(len(rows), dy.ndim), out), ((), ())))
     if math.prod(kernel.shape[:n_in]) <= math.prod(kernel.shape[n_in:]):

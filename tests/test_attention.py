@@ -61,6 +61,22 @@ def test_dropout_takes_out_its_share_and_keeps_the_mean():
     assert 0.5 < (first > 0).mean() < 0.95  # 0.75, deviation 0.05
 
 
+def check_same(attend, expected, qkv, tolerance):
+    """Output and gradients, relative to the greatest of each."""
+
+    def loss(attend, q, k, v):
+        out = attend(q, k, v, scale=q.shape[-1] ** -0.5)
+        return jnp.sin(out.astype(jnp.float32)).sum(), out
+
+    def run(attend):
+        f = jax.value_and_grad(partial(loss, attend), (0, 1, 2), has_aux=True)
+        (_, out), gradients = jax.jit(f)(*qkv)
+        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+    for a, b in zip(run(attend), run(expected), strict=True):
+        assert np.abs(a - b).max() < tolerance * np.abs(b).max()
+
+
 LONG = 256  # tokens: two blocks of the kernel
 
 
@@ -76,19 +92,27 @@ def test_the_kernel_for_tpus_is_the_same_function(dtype, shape, tolerance):
     qkv = jax.random.normal(jax.random.key(0), (3, 4, LONG, 2, 64)).astype(dtype)
     mesh = None if shape is None else make_mesh(*shape)
 
-    def loss(attend, q, k, v):
-        out = attend(q, k, v, 64**-0.5)
-        return jnp.sin(out.astype(jnp.float32)).sum(), out
-
-    def run(attend):
-        f = jax.value_and_grad(partial(loss, attend), (0, 1, 2), has_aux=True)
-        (_, out), gradients = jax.jit(f)(*qkv)
-        return [np.asarray(x, np.float32) for x in (out, *gradients)]
-
     kernel = partial(attention._by_pallas, mesh=mesh, interpret=True)
     plain = partial(attention._by_xla, dropout_rate=0.0, dropout_key=None)
-    for got, expected in zip(run(kernel), run(plain), strict=True):
-        assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
+    check_same(kernel, plain, qkv, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)],  # as above
+)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_blocks_of_queries_are_the_same_function(dtype, tolerance, segmented):
+    T = 2 * QUERIES + 40
+    qkv = jax.random.normal(jax.random.key(0), (3, 2, T, 3, 16)).astype(dtype)
+    segment = None
+    if segmented:
+        segment = np.concatenate([segments_of([T]), segments_of([130, 20, T - 150])])
+    blocks = partial(causal_attention, segment_BT=segment)
+    plain = partial(
+        attention._by_xla, dropout_rate=0.0, dropout_key=None, segment_BT=segment
+    )
+    check_same(blocks, plain, qkv, tolerance)
 
 
 def test_scales_that_are_traced_are_the_same_ones(monkeypatch):
