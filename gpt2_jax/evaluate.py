@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from gpt2_jax import checkpoint, sharding
+from gpt2_jax.batches import in_order
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.sft import sft_splits
 from gpt2_jax.interop.formats import open_model
@@ -47,46 +47,28 @@ def make_eval_step(
 
 def evaluate(
     params: Params,
-    batches: Iterable[tuple[np.ndarray | None, ...]],
+    batches: Iterable[tuple[jax.Array | np.ndarray | None, ...]],
     *,
     step: Callable[..., tuple[jax.Array, jax.Array]],
-    mesh: Mesh,
 ) -> Evaluation:
     """Goes through `batches`: tokens int32 [B, T + 1], mask bool [B, T], and segments
-    int32 [B, T] or None.
+    int32 [B, T] or None, as `batches.in_order` gives them.
 
     Args:
-      params: on `mesh`.
-      batches: the same on every host; B must divide by the batch shards.
       step: of `make_eval_step`.
+
+    Raises:
+      ValueError: when there is no batch.
     """
-    spread = sharding.batch_sharding(mesh, ndim=2, axis=0)
     sums: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
-        arrays = [x for x in batch if x is not None]
-        check_batch(len(arrays[0]), mesh)
-        sums.append(step(params, *(put(x, spread) for x in arrays)))
+        sums.append(step(params, *batch))
         jax.block_until_ready(sums[-2:-1])  # one batch runs, one waits
     if not sums:
         raise ValueError("nothing to evaluate: no batch")
     losses, counts = zip(*jax.device_get(sums), strict=True)
     count = int(np.sum(counts, dtype=np.int64))
     return Evaluation(float(np.sum(losses, dtype=np.float64)) / count, count)
-
-
-def put(array: np.ndarray, to: jax.sharding.NamedSharding) -> jax.Array:
-    """A global array of which each host holds the whole and gives its own part."""
-    return jax.make_array_from_callback(array.shape, to, lambda index: array[index])
-
-
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError when a (micro)batch can't be spread evenly over the mesh."""
-    shards = sharding.n_batch_shards(mesh)
-    if batch_size % shards:
-        raise ValueError(
-            f"a microbatch of {batch_size} examples does not divide by the "
-            f"{shards} devices it is spread over"
-        )
 
 
 def _text_split(
@@ -163,9 +145,8 @@ def evaluate_run(
         params = source.load(model.param_dtype, places)
     result = evaluate(
         params,
-        examples.evaluation(batch_size),
+        in_order(examples.evaluation(), batch_size, block_size, mesh),
         step=make_eval_step(model, contract.tokenizer.vocab_size),
-        mesh=mesh,
     )
     how = f"step {contract.step}, windows of {block_size} tokens without overlap"
     return result, f"{how}, {dtype}"

@@ -9,11 +9,10 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -22,12 +21,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, sharding
+from gpt2_jax.batches import Ahead, in_order, spread
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.loader import (
-    Batch,
-    Examples,
-    TextExamples,
-)
+from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.prepare import build_tokenizer, load_index, prepared_folder
 from gpt2_jax.data.sft import sft_splits
 from gpt2_jax.evaluate import evaluate, make_eval_step
@@ -61,8 +57,6 @@ from gpt2_jax.train_step import (
     state_of,
     train_step,
 )
-
-T = TypeVar("T")
 
 
 class DivergedError(ValueError):
@@ -574,8 +568,9 @@ class _Run:
         if self.validation is not None:
             cut = cfg.microbatches(cfg.batch_size, self.mesh)
             batch_size = cfg.batch_size // cut
-            batches = self.validation.evaluation(batch_size, cfg.eval.examples or None)
-            result = evaluate(params, batches, step=self.eval_step, mesh=self.mesh)
+            examples = self.validation.evaluation(cfg.eval.examples or None)
+            batches = in_order(examples, batch_size, cfg.block_size, self.mesh)
+            result = evaluate(params, batches, step=self.eval_step)
             self.val_loss = result.loss
             if self.best is None or result.loss < self.best.val_loss:
                 self.best = Best(step, result.loss)
@@ -669,64 +664,12 @@ def global_batch(
 ) -> tuple[jax.Array | None, ...]:
     """The batch of a step as `train_step` takes it: tokens, mask and segments.
 
-    Tokens are int32 [A, B, T + 1], B spread over the mesh. Example i of the batch is
-    [i // B, i % B]; each host reads only the rows of its own devices.
+    Tokens are int32 [A, B, T + 1], B spread over the mesh; example i of the batch is
+    [i // B, i % B].
     """
     examples = np.array(cfg.batch(step))
     number_AB = examples.reshape(cfg.microbatches(len(examples), mesh), -1)
-
-    spread = sharding.batch_sharding(mesh, ndim=3, axis=1)
-    parts: dict[bytes, Batch] = {}  # what the devices here hold, each read once
-
-    def read(field: int, index: tuple[slice, ...]) -> np.ndarray:
-        mine_AB = number_AB[index[:2]]
-        key = mine_AB.tobytes()
-        if key not in parts:
-            parts[key] = source.train(mine_AB.ravel())
-        array = parts[key][field]
-        assert array is not None
-        return array.reshape(*mine_AB.shape, -1)
-
-    length = cfg.block_size
-    arrays: list[jax.Array | None] = []
-    for field, size in enumerate((length + 1, length, length)):  # as of Batch
-        if any(part[field] is None for part in parts.values()):
-            arrays.append(None)
-            continue
-        shape, of_field = (*number_AB.shape, size), partial(read, field)
-        arrays.append(jax.make_array_from_callback(shape, spread, of_field))
-    return tuple(arrays)
-
-
-class Ahead(Generic[T]):
-    """Makes the batch of the next step in a thread, while this one is computed."""
-
-    def __init__(self, make: Callable[[int], T], steps: range) -> None:
-        self._make, self._steps = make, steps
-        self._pool = ThreadPoolExecutor(1, "batches")
-        self._coming: dict[int, Future[T]] = {}
-        self._waited = 0.0
-
-    def get(self, step: int) -> T:
-        """The batch of one of the steps."""
-        start = time.perf_counter()
-        self.begin(step)
-        batch = self._coming.pop(step).result()
-        self._waited += time.perf_counter() - start
-        return batch
-
-    def begin(self, step: int) -> None:
-        """Begins to make one. Best when the device has work: threads share Python."""
-        if step in self._steps and step not in self._coming:
-            self._coming[step] = self._pool.submit(self._make, step)
-
-    def take_waited(self) -> float:
-        """Seconds that `get` took since this was last asked."""
-        waited, self._waited = self._waited, 0.0
-        return waited
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    return spread(source.train, number_AB, cfg.block_size, mesh)
 
 
 def jit_step(

@@ -20,6 +20,7 @@ HOUSE = [
     "train",
     "finetune",
     "evaluate",
+    "batches",
     "verify",
     "train_config",
     "train_step",

@@ -5,10 +5,11 @@ of hosts, so the position in the data is one integer, and a host reads just its 
 rows. NumPy only: nothing here knows of devices.
 """
 
+import dataclasses
 import functools
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -113,37 +114,6 @@ def train_examples(
     return dataset.windows(starts, block_size + 1)
 
 
-def eval_batches(
-    dataset: TokenDataset,
-    *,
-    batch_size: int,
-    block_size: int,
-    max_examples: int | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The split in order: tokens int32 [B, T + 1] and mask bool [B, T] of its targets.
-
-    Every token but the first is a target exactly once, so over all batches the masks
-    add up to len(dataset) - 1; the end is padded with token 0 under mask False. At most
-    `max_examples` rows that hold targets, from the beginning.
-
-    Raises ValueError if a number is not positive or the split has no target.
-    """
-    if (
-        batch_size < 1
-        or block_size < 1
-        or (max_examples is not None and max_examples < 1)
-    ):
-        raise ValueError(
-            f"out of range: {batch_size=}, {block_size=} or {max_examples=}"
-        )
-    targets = len(dataset) - 1
-    if targets < 1:
-        raise ValueError(
-            f"the {dataset.split} split has {len(dataset)} token: no target"
-        )
-    return _eval_batches(dataset, batch_size, block_size, max_examples)
-
-
 class Batch(NamedTuple):
     """Examples in rows.
 
@@ -159,6 +129,55 @@ class Batch(NamedTuple):
     segments: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class InOrder:
+    """Examples of a split in order, in which each target stands once.
+
+    Attributes:
+      count: how many.
+      read: int [n] -> those of these numbers, with a mask. Numbers from `count` on are
+        rows without a target.
+    """
+
+    count: int
+    read: Callable[[np.ndarray], Batch]
+
+
+def eval_examples(
+    dataset: TokenDataset, block_size: int, max_examples: int | None = None
+) -> InOrder:
+    """Windows one after the other, at most `max_examples` of them.
+
+    Every token but the first is a target exactly once, so over all examples the masks
+    add up to len(dataset) - 1; the end is padded with token 0 under mask False.
+
+    Raises ValueError if a number is not positive or the split has no target.
+    """
+    if block_size < 1 or (max_examples is not None and max_examples < 1):
+        raise ValueError(f"out of range: {block_size=} or {max_examples=}")
+    targets = len(dataset) - 1
+    if targets < 1:
+        raise ValueError(
+            f"the {dataset.split} split has {len(dataset)} token: no target"
+        )
+    if max_examples is not None:
+        targets = min(targets, max_examples * block_size)
+
+    def read(numbers: np.ndarray) -> Batch:
+        starts = block_size * np.asarray(numbers, np.int64)
+        left = np.clip(targets - starts, 0, block_size)  # targets of each row
+        mask = np.arange(block_size) < left[:, None]
+        tokens = np.zeros((len(starts), block_size + 1), np.int32)
+        whole = left == block_size
+        tokens[whole] = dataset.windows(starts[whole], block_size + 1)
+        for row in np.flatnonzero(~whole & (left > 0)):
+            length = int(left[row]) + 1
+            tokens[row, :length] = dataset.windows(starts[row, None], length)[0]
+        return Batch(tokens, mask)
+
+    return InOrder(-(-targets // block_size), read)
+
+
 class Examples(Protocol):
     """One split of what a run is trained on, or evaluated."""
 
@@ -168,10 +187,8 @@ class Examples(Protocol):
     def train(self, numbers: np.ndarray) -> Batch:
         """The examples of a run of those numbers, int [n]: each reached at once."""
 
-    def evaluation(
-        self, batch_size: int, max_examples: int | None = None
-    ) -> Iterator[Batch]:
-        """The split in order, each target once, with a mask."""
+    def evaluation(self, max_examples: int | None = None) -> InOrder:
+        """The split, or its first examples."""
 
 
 PACKINGS = ("flat", "documents")
@@ -238,18 +255,22 @@ class TextExamples:
             )
         return Batch(tokens, None, self._segments(tokens))
 
-    def evaluation(
-        self, batch_size: int, max_examples: int | None = None
-    ) -> Iterator[Batch]:
+    def evaluation(self, max_examples: int | None = None) -> InOrder:
         """One folder after another, each up to `max_examples`."""
-        for part in self.parts:
-            for tokens, mask in eval_batches(
-                part,
-                batch_size=batch_size,
-                block_size=self.block_size,
-                max_examples=max_examples,
-            ):
-                yield Batch(tokens, mask, self._segments(tokens))
+        every = [eval_examples(x, self.block_size, max_examples) for x in self.parts]
+        ends = np.cumsum([part.count for part in every])
+
+        def read(numbers: np.ndarray) -> Batch:
+            at = np.minimum(np.searchsorted(ends, numbers, "right"), len(ends) - 1)
+            tokens = np.empty((len(numbers), self.block_size + 1), np.int32)
+            mask = np.empty((len(numbers), self.block_size), bool)
+            for i in np.unique(at).tolist():
+                first = ends[i] - every[i].count
+                part = every[i].read(numbers[at == i] - first)
+                tokens[at == i], mask[at == i] = part.tokens, part.mask
+            return Batch(tokens, mask, self._segments(tokens))
+
+        return InOrder(int(ends[-1]), read)
 
     def _segments(self, tokens: np.ndarray) -> np.ndarray | None:
         if self.eot_id is None:
@@ -311,22 +332,3 @@ def _mixed_block(
     for source, share in enumerate(shares):
         rank[order == source] = np.arange(share)
     return order, rank
-
-
-def _eval_batches(
-    dataset: TokenDataset, batch_size: int, block_size: int, max_examples: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    targets = len(dataset) - 1
-    if max_examples is not None:
-        targets = min(targets, max_examples * block_size)
-    for first in range(0, targets, batch_size * block_size):
-        starts = first + block_size * np.arange(batch_size)
-        left = np.clip(targets - starts, 0, block_size)  # targets of each row
-        mask = np.arange(block_size) < left[:, None]
-        tokens = np.zeros((batch_size, block_size + 1), np.int32)
-        whole = left == block_size
-        tokens[whole] = dataset.windows(starts[whole], block_size + 1)
-        for row in np.flatnonzero(~whole & (left > 0)):
-            length = int(left[row]) + 1
-            tokens[row, :length] = dataset.windows(starts[row, None], length)[0]
-        yield tokens, mask

@@ -14,14 +14,14 @@ are is a function of the file; an epoch goes through them in an order of its own
 import functools
 import json
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_jax.data.loader import Batch
+from gpt2_jax.data.loader import Batch, InOrder
 from gpt2_jax.data.prepare import SPLITS
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -241,14 +241,14 @@ class SftExamples:
             ]
         )
 
-    def evaluation(
-        self, batch_size: int, max_examples: int | None = None
-    ) -> Iterator[Batch]:
-        """Windows in order, at most `max_examples` of them; what pads is no target."""
+    def evaluation(self, max_examples: int | None = None) -> InOrder:
+        """Windows in order, at most `max_examples` of them."""
         count = min(len(self.windows), max_examples or len(self.windows))
-        for first in range(0, count, batch_size):
-            rows = list(range(first, min(first + batch_size, count)))
-            yield self._rows(rows + [None] * (batch_size - len(rows)))
+
+        def read(numbers: np.ndarray) -> Batch:
+            return self._rows([i if i < count else None for i in numbers.tolist()])
+
+        return InOrder(count, read)
 
     def _rows(self, windows: Sequence[int | None]) -> Batch:
         shape = len(windows), self._block_size + 1

@@ -8,7 +8,7 @@ import pytest
 from gpt2_jax.data.loader import (
     TextExamples,
     TokenDataset,
-    eval_batches,
+    eval_examples,
     mixed,
     mixture_shares,
     train_examples,
@@ -162,7 +162,9 @@ def test_evaluation_counts_each_target_once(
     data = dataset(tmp_path, tokens, shard_tokens=50)
     whole = np.append(np.arange(tokens - 1), 256)
     seen = []
-    for ids, mask in eval_batches(data, batch_size=size, block_size=block):
+    examples = eval_examples(data, block)
+    for i in range(0, examples.count, size):
+        ids, mask, _ = examples.read(np.arange(i, i + size))
         assert ids.shape == (size, block + 1)
         assert ids.dtype == np.int32
         assert mask.shape == (size, block)
@@ -175,18 +177,21 @@ def test_evaluation_counts_each_target_once(
     assert (targets == whole[1:]).all()
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 16])
-def test_evaluation_stops_at_max_examples(tmp_path: Path, size: int):
-    """The same targets, whatever the size of a batch."""
+def test_evaluation_stops_at_max_examples(tmp_path: Path):
     data = dataset(tmp_path, 1000)
-    args = {"batch_size": size, "block_size": 8}
-    some = list(eval_batches(data, **args, max_examples=11))
-    assert len(some) == -(-11 // size)
-    targets = np.concatenate([ids[:, 1:][mask] for ids, mask in some])
-    assert (targets == np.arange(1, 89)).all()
-    every = list(eval_batches(data, **args))
-    assert len(every) == -(-125 // size)
-    assert len(list(eval_batches(data, **args, max_examples=999))) == len(every)
+    some = eval_examples(data, 8, 11)
+    assert some.count == 11
+    ids, mask, _ = some.read(np.arange(16))  # as in a batch of 16
+    assert (ids[:, 1:][mask] == np.arange(1, 89)).all()
+    assert not mask[11:].any()
+    every = eval_examples(data, 8)
+    assert every.count == 125
+    assert eval_examples(data, 8, 999).count == 125
+    # any of them is reached at once
+    numbers = np.array([3, 124, 7, 125])
+    ids, mask, _ = every.read(numbers)
+    assert ids[:3, 0].tolist() == [24, 992, 56]
+    assert mask.sum(1).tolist() == [8, 7, 8, 0]
 
 
 def test_bad_inputs_are_refused(tmp_path: Path):
@@ -200,17 +205,17 @@ def test_bad_inputs_are_refused(tmp_path: Path):
             batch_of(data, **{**good, key: value})
     with pytest.raises(ValueError, match=r"out of range: .*number=-3"):
         train_examples(data, np.array([0, -3]), seed=0, block_size=9)
-    for key in ("batch_size", "block_size", "max_examples"):
-        args = {"batch_size": 2, "block_size": 2, "max_examples": 2, key: 0}
+    for key in ("block_size", "max_examples"):
+        args = {"block_size": 2, "max_examples": 2, key: 0}
         with pytest.raises(ValueError, match=f"out of range: .*{key}=0"):
-            eval_batches(data, **args)
+            eval_examples(data, **args)
     with pytest.raises(ValueError, match="has no test split, only train"):
         TokenDataset(tmp_path / "out", "test")
     with pytest.raises(FileNotFoundError, match="no prepared data"):
         TokenDataset(tmp_path, "train")
     single = dataset(tmp_path, 1)
     with pytest.raises(ValueError, match="has 1 token: no target"):
-        eval_batches(single, batch_size=1, block_size=1)
+        eval_examples(single, 1)
 
 
 def test_a_mixture_has_its_shares_and_leaves_no_example_out():
@@ -247,7 +252,18 @@ def test_examples_of_a_mixture_are_those_of_its_parts(tmp_path: Path):
         np.testing.assert_array_equal(got.tokens[sources == i], expected)
     assert got.mask is got.segments is None
     # evaluation goes through one after the other
-    assert sum(batch.mask.sum() for batch in both.evaluation(7)) == 2 * 299
+    every = both.evaluation()
+    assert every.count == 2 * 38  # 299 targets each
+    parts = [eval_examples(TokenDataset(f, "train"), 8) for f in folders]
+    expected = [part.read(np.arange(38)) for part in parts]
+    numbers = np.random.default_rng(0).permutation(every.count + 3)
+    ids, mask, _ = every.read(numbers)
+    for field, rows in (("tokens", ids), ("mask", mask)):
+        whole = np.concatenate([getattr(x, field) for x in expected])
+        inside = numbers < every.count
+        np.testing.assert_array_equal(rows[inside], whole[numbers[inside]])
+    assert not mask[numbers >= every.count].any()
+    assert both.evaluation(5).count == 10
 
 
 def test_folders_of_another_tokenizer_are_not_mixed(tmp_path: Path):

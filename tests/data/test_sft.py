@@ -117,11 +117,12 @@ def test_an_epoch_goes_through_all_examples_once(tmp_path):
     # any of them is reached at once, and the evaluation has them too
     some = np.array([n + 3, 5, 2 * n - 1])
     np.testing.assert_array_equal(data.train(some).tokens[1], first[5])
-    whole = list(data.evaluation(7))
-    assert {len(batch.tokens) for batch in whole} == {7}
+    whole = data.evaluation()
     total = sum(len(line["completion"]) + 1 for line in lines)
-    assert sum(batch.mask.sum() for batch in whole) == total
-    assert sum(len(b.tokens) for b in data.evaluation(2, max_examples=3)) == 4
+    mask = whole.read(np.arange(whole.count + 3)).mask
+    assert mask.sum() == total
+    assert mask.any(1).tolist() == [True] * whole.count + [False] * 3
+    assert data.evaluation(3).count == 3
 
 
 def test_the_first_token_of_an_example_is_never_a_target():
@@ -130,7 +131,7 @@ def test_the_first_token_of_an_example_is_never_a_target():
     """
     whole = Example(np.array([1, 2, EOT], np.int32), np.array([True] * 3))
     data = SftExamples([whole] * 3, block_size=9, eot_id=EOT, seed=0)
-    [batch] = data.evaluation(1)
+    batch = data.evaluation().read(np.arange(1))
     assert batch.tokens[0].tolist() == [1, 2, EOT] * 3 + [EOT]
     assert batch.segments[0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert batch.mask[0].tolist() == [True, True, False] * 3
