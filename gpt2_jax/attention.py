@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.sharding import BATCH, n_batch_shards
+from gpt2_jax.sharding import BATCH, n_batch_shards, on_cpu
 
 UNSEEN = np.finfo(np.float32).min  # finite: a row that sees nothing is not NaN
 
@@ -127,8 +127,7 @@ def causal_attention(
         attention, q_BTHK.shape, q_BTHK.dtype, dropout=dropout, mesh=mesh
     )
     if backend == "xla":
-        on_cpu = jax.default_backend() == "cpu"
-        if on_cpu and not dropout and q_BTHK.shape[1] > QUERIES:
+        if on_cpu() and not dropout and q_BTHK.shape[1] > QUERIES:
             k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, v_BTHK.dtype)
             return _attend_by_blocks(q_BTHK, k_BHKT, v_BHTK, 0, scale, segment_BT)
         return _by_xla(
@@ -215,7 +214,7 @@ def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
     On a CPU float32, which XLA multiplies by one row twice as fast as bfloat16.
     """
-    return jnp.float32 if jax.default_backend() == "cpu" else dtype
+    return jnp.float32 if on_cpu() else dtype
 
 
 def cached_attention(
@@ -241,14 +240,14 @@ def cached_attention(
     Returns:
       As `causal_attention` [B, T, H, K], and the cache with the new tokens written.
     """
-    T, on_cpu = q_BTHK.shape[1], jax.default_backend() == "cpu"
+    T = q_BTHK.shape[1]
     if start is not None:
         k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, k_BHKS.dtype)
         k_seen = jnp.concatenate([k_BHKS[..., :start], k_BHKT], axis=3)
         v_seen = jnp.concatenate([v_BHSK[:, :, :start], v_BHTK], axis=2)
         att_BTHK = _attend_by_blocks(q_BTHK, k_seen, v_seen, start, scale)
         return att_BTHK, *_write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, start)
-    if T == 1 and on_cpu:
+    if T == 1 and on_cpu():
         att_BTHK = _attend_beside(
             q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale
         )
@@ -258,7 +257,7 @@ def cached_attention(
         write = jax.vmap(_write_row)
         return att_BTHK, *write(k_BTHK, v_BTHK, k_BHKS, v_BHSK, at_B)
     k_BHKS, v_BHSK = jax.vmap(_write_row)(k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B)
-    if on_cpu:
+    if on_cpu():
         k_BHKS, v_BHSK = jax.lax.optimization_barrier((k_BHKS, v_BHSK))
     positions_BT = length_B[:, None] + jnp.arange(T)
     seen_BTS = jnp.arange(k_BHKS.shape[3]) <= positions_BT[:, :, None]
@@ -307,7 +306,7 @@ def _attend_by_blocks(q_BTHK, k_BHKS, v_BHSK, start, scale, segment_BT=None):
     """Causal, from position `start` on, each block to the keys that it sees."""
     q_BHTK = q_BTHK.transpose(0, 2, 1, 3)
     T = q_BHTK.shape[2]
-    size = QUERIES if jax.default_backend() == "cpu" else T
+    size = QUERIES if on_cpu() else T
     blocks = []
     for at in range(0, T, size):
         end = min(at + size, T)

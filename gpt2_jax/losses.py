@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.model import project_rows
-from gpt2_jax.sharding import BATCH, n_batch_shards
+from gpt2_jax.sharding import BATCH, n_batch_shards, on_cpu
 
 
 def chunk_bytes() -> int:
@@ -22,7 +22,7 @@ def chunk_bytes() -> int:
     Each chunk adds to the gradient of the whole embedding: on an accelerator its
     products take longer than that if it is of some thousand tokens.
     """
-    return 2**27 if jax.default_backend() == "cpu" else 2**29
+    return 2**27 if on_cpu() else 2**29
 
 
 def chunk_tokens(B: int, T: int, V: int) -> int:

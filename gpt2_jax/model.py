@@ -49,7 +49,7 @@ from gpt2_jax.attention import (
 )
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.sharding import BATCH, constrain
+from gpt2_jax.sharding import BATCH, constrain, on_cpu
 
 Params = dict[str, Any]
 LAYER, STACKED = "h_", "h"
@@ -141,7 +141,7 @@ def project_rows(
         step_M1 = jnp.max(jnp.abs(x_MI), axis=1, keepdims=True) / 127
         step_M1 = jnp.maximum(step_M1, jnp.finfo(jnp.float32).tiny)
         x_MI, dtype = jnp.round(x_MI / step_M1).astype(jnp.int8), jnp.int32
-    if M <= FEW_ROWS and jax.default_backend() == "cpu":
+    if M <= FEW_ROWS and on_cpu():
         if M == 1 and x_MI.dtype.itemsize < 4:
             x_MI = jnp.concatenate([x_MI, x_MI])
         x_IM = with_layout_constraint(x_MI.T, BY_ROW)
@@ -163,7 +163,7 @@ def _project_forward(x, kernel, n_in):
 def _project_backward(n_in, residuals, dy):
     x, kernel = residuals
     dy = dy.astype(x.dtype)
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         # Of matrices: a product over several axes transposes the kernel first.
         x_MI = x.reshape(-1, math.prod(kernel.shape[:n_in]))
         dy_MO = dy.reshape(len(x_MI), -1)
@@ -238,14 +238,14 @@ def _sum_rows(x: jax.Array, n: int) -> jax.Array:
     XLA:CPU is faster at products than at sums, for which it writes broadcast factors
     out in full: with this and `_sum_channels` a training step takes 0.9x the time.
     """
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return x.sum(tuple(range(n)))
     return jnp.tensordot(jnp.ones(x.shape[:n], x.dtype), x, n)
 
 
 def _sum_channels(x: jax.Array, weight_D: jax.Array) -> jax.Array:
     """x [..., D] times the weight, summed to [..., 1]."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return (x * weight_D).sum(-1, keepdims=True)
     return jnp.tensordot(x, weight_D.astype(x.dtype), 1)[..., None]
 

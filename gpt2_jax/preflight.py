@@ -171,9 +171,10 @@ def plan(
             each = most // microbatches
             progress(f"compiling with device_batch_size={each}")
             trial = dataclasses.replace(cfg, device_batch_size=each)
-            step = compile_step(
-                trial, model, optimizer, state, mesh, tokenizer.vocab_size
-            )
+            with sharding.traced_for_accelerators():
+                step = compile_step(
+                    trial, model, optimizer, state, mesh, tokenizer.vocab_size
+                )
             trials[microbatches] = memory_of(step)
         return trials[microbatches].peak <= usable_bytes(chip)
 

@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,6 +15,24 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 _AUTO = (AxisType.Auto,) * len(AXES)
+
+_for_accelerators = ContextVar("_for_accelerators", default=False)
+
+
+def on_cpu() -> bool:
+    """Whether what is being traced will run on CPUs, on which other forms are fast."""
+    return jax.default_backend() == "cpu" and not _for_accelerators.get()
+
+
+@contextmanager
+def traced_for_accelerators() -> Iterator[None]:
+    """Within it, what is traced has the form that accelerators get, here as well."""
+    token = _for_accelerators.set(True)
+    try:
+        yield
+    finally:
+        _for_accelerators.reset(token)
+
 
 # Every parameter matches one row, by the end of its path; so do the optimizer's
 # moments, whose paths end alike. Where layers are stacked, as `h`, the axis along which

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
+from gpt2_jax.attention import QUERIES
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import (
@@ -23,6 +24,7 @@ from gpt2_jax.model import (
     stack_layers,
     unstack_layers,
 )
+from gpt2_jax.sharding import traced_for_accelerators
 from shapes import TINY, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 64))
@@ -351,3 +353,29 @@ def test_the_gradient_of_a_bias_is_a_sum_over_rows(monkeypatch, backend):
     got_y, got_bias = backward(dy)
     np.testing.assert_array_equal(got_y, dy)
     np.testing.assert_allclose(got_bias, dy.sum((0, 1)), rtol=0, atol=1e-5)
+
+
+def test_the_form_for_cpus_is_the_form_for_accelerators():
+    """Logits and gradients, with more tokens than attend together."""
+    cfg = dataclasses.replace(TINY, n_positions=QUERIES + 30)
+    model = GPT2(cfg)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, QUERIES + 30))
+    params = random_params(cfg, stddev=0.2)
+
+    def loss(params):
+        logits, _ = model.apply({"params": params}, tokens)
+        return jnp.sin(logits).sum(), logits
+
+    def run():
+        grad = jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))
+        text = grad.lower(params).as_text()
+        return text, jax.tree.leaves(grad(params))
+
+    here, ours = run()
+    with traced_for_accelerators():
+        there, theirs = run()
+    assert here != there
+    for got, expected in zip(ours, theirs, strict=True):
+        # sums of up to 316 terms in another order
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)

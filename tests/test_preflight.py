@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from gpt2_jax import preflight
+from gpt2_jax import preflight, sharding
 from gpt2_jax.chips import Chip, chip_named
 from gpt2_jax.model import GPT2, dtype_named
 from gpt2_jax.optim import make_optimizer
@@ -315,7 +315,7 @@ import json
 import sys
 
 from configs import gpt2_1558m
-from gpt2_jax import preflight
+from gpt2_jax import preflight, sharding
 from gpt2_jax.chips import chip_named
 from gpt2_jax.train_config import TrainConfig
 
@@ -372,3 +372,16 @@ def test_1558m_is_planned(chip, n_devices, remat):
     fitting = [each for each, peak in peaks.items() if peak <= found["usable"]]
     assert found["most"] == max(fitting)
     assert peaks.get(2 * found["most"], found["usable"] + 1) > found["usable"]
+
+
+def test_the_step_has_the_form_that_accelerators_get(monkeypatch):
+    forms = []
+
+    def compiled(*args):
+        forms.append(sharding.on_cpu())
+        return compile_step(*args)
+
+    monkeypatch.setattr(preflight, "compile_step", compiled)
+    plan(config(**TINY), BIG, 1, 0.4)
+    assert set(forms) == {False}
+    assert sharding.on_cpu()
