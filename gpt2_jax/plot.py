@@ -1,6 +1,7 @@
 """Curves of one or several runs as a picture."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ from gpt2_jax.metrics import read_metrics
 from gpt2_jax.train_config import changes
 
 AXES = ("step", "tokens")
+MOST_RUNS = 10  # as there are colours
 MOST_KEYS = 3  # of a config that a legend names
-SMOOTHED = 100  # records of a curve, from which on its running mean is drawn too
+LONGEST = 30  # characters of a value there
+WIDTH = 120  # characters of its lines
+SMOOTHED = 100  # records of a curve, from which on its running median is drawn too
+DRAWN = 1000  # points of that at most
 FAINT = 0.3
+BEGINNING, SPIKES = 0.05, 0.002  # shares of a run that may run out of the picture
+
+Points = tuple[np.ndarray, np.ndarray]
 
 
 def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None:
@@ -26,7 +34,8 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
 
     Raises:
       FileNotFoundError: where a folder has no metrics.
-      ValueError: where its metrics do not tell the tokens that are asked for.
+      ValueError: where its metrics do not tell the tokens that are asked for, or on
+        more than MOST_RUNS runs.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -34,33 +43,54 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
 
     if x not in AXES:
         raise ValueError(f"x={x!r} is not one of {', '.join(AXES)}")
-    records = [_records(workdir, x) for workdir in workdirs]
-    labels = legend(workdirs)
+    if len(workdirs) > MOST_RUNS:
+        raise ValueError(f"{len(workdirs)} runs are more than {MOST_RUNS}")
+    runs = [_records(workdir, x) for workdir in workdirs]
     is_single = len(workdirs) == 1
-
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
-    losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    for i, (run, label) in enumerate(zip(records, labels, strict=True)):
-        train = _points(run, x, "loss")
-        validation = _points(run, x, "val_loss")
-        color, other = f"C{i}", "C1" if is_single else f"C{i}"
-        mean, n = _running_mean(train[1])
-        said = f"training, mean of {n} records" if n > 1 else "training"
-        losses.plot(*train, color=color, linewidth=0.9, alpha=FAINT if n > 1 else 0.9)
-        if n > 1 and (is_single or not validation[1].size):
-            losses.plot(train[0], mean, color=color, linewidth=1.6)
-        style = dict(linewidth=1.6, marker="o", markersize=3.5)
-        losses.plot(*validation, color=other, **style)
-        if is_single:
-            handles = [
-                Line2D([], [], color=color, label=_with_last(said, mean)),
-                Line2D([], [], color=other, **style, label=_with_least(validation, x)),
-            ]
-            losses.legend(handles=handles[: 1 + bool(validation[1].size)])
-        rates.plot(*_points(run, x, "learning_rate"), color=color, linewidth=1.4)
+    labels = legend(workdirs)
     if not is_single:
-        _legend_of_several(losses, records, labels, x)
-    figure.suptitle(labels[0] if is_single else f"{len(workdirs)} runs", fontsize=11)
+        labels = [
+            f"{label}; validation{_last_and_least(records)}"
+            for label, records in zip(labels, runs, strict=True)
+        ]
+
+    labels = ["\n".join(textwrap.wrap(label, WIDTH)) for label in labels]
+    rows = 0 if is_single else sum(1 + label.count("\n") for label in labels)
+    figure = Figure(figsize=(8, 6 + 0.2 * rows), dpi=150, layout="constrained")
+    losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    thick: dict[str, Any] = dict(linewidth=1.6)
+    dotted = dict(thick, marker="o", markersize=3.5)
+    handles = []
+    for i, (records, label) in enumerate(zip(runs, labels, strict=True)):
+        train, validation = (_points(records, x, name) for name in ("loss", "val_loss"))
+        color, other = f"C{i}", "C1" if is_single else f"C{i}"
+        at, median, n = _running_median(*train)
+        if n > 1 and is_single:
+            losses.plot(*train, color=color, linewidth=0.8, alpha=FAINT)
+        thin = dict(linewidth=1.0, alpha=0.7)
+        has_dots = not is_single and len(validation[1])
+        losses.plot(at, median, color=color, **(thin if has_dots else thick))
+        losses.plot(*validation, color=other, zorder=3, **dotted)
+        rates.plot(*_points(records, x, "learning_rate"), color=color, **thick)
+        if is_single:
+            of = f", median of {n} records" if n > 1 else ""
+            last = f": {median[-1]:.3f}" if len(median) else ""
+            handles.append(Line2D([], [], color=color, label=f"training{of}{last}"))
+            said = f"validation{_last_and_least(records)}"
+            handles.append(Line2D([], [], color=other, label=said, **dotted))
+        else:
+            handles.append(Line2D([], [], color=color, label=label, **thick))
+    if is_single:
+        has_dots = any("val_loss" in r for r in runs[0])
+        losses.legend(handles=handles[: 1 + has_dots], fontsize=9, loc="upper right")
+        figure.suptitle(labels[0], fontsize=11)
+    else:
+        figure.legend(handles=handles, fontsize=8, loc="outside lower left")
+        grey = [
+            Line2D([], [], color="grey", label="validation", **dotted),
+            Line2D([], [], color="grey", label="training", **thin),
+        ]
+        losses.legend(handles=grey, fontsize=8, loc="upper right")
     losses.set_ylabel("loss (nats per token)")
     rates.set_ylabel("learning rate")
     rates.set_ylim(bottom=0)
@@ -69,11 +99,27 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
     rates.xaxis.set_major_formatter(
         EngFormatter(sep="") if x == "tokens" else lambda value, _: f"{value:,.0f}"
     )
-    rates.margins(x=0.01)
+    rates.set_xlim(0, 1.01 * max([1, *(r[x] for records in runs for r in records)]))
+    _limit_losses(losses)
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(png)
+
+
+def _limit_losses(axes: Any) -> None:
+    """Cuts off the beginning and spikes where else all the rest would lie flat."""
+    points = np.concatenate([line.get_xydata() for line in axes.lines])
+    points = points[np.isfinite(points).all(axis=1)]
+    if not len(points):
+        return
+    x, y = points.T
+    late = y[x >= BEGINNING * x.max()]
+    least, most = y.min(), np.quantile(late, 1 - SPIKES)
+    if most - least < 0.5 * (y.max() - least):
+        margin = 0.05 * (most - least)
+        axes.set_ylim(least - margin, most + 4 * margin)
+        axes.set_title(f"↑ up to {y.max():.3g}", loc="left", fontsize=8)
 
 
 def legend(workdirs: Sequence[Path]) -> list[str]:
@@ -91,12 +137,18 @@ def legend(workdirs: Sequence[Path]) -> list[str]:
     names = [workdir.resolve().name for workdir in workdirs]
     if len(set(names)) < len(names):
         names = [str(workdir) for workdir in workdirs]
+    if not keys:
+        return names
     return [
-        f"{name}: " + ", ".join(f"{key}={value_of(c, key)}" for key in shown) + rest
-        if keys
-        else name
+        f"{name}: {', '.join(f'{k}={_short(value_of(c, k))}' for k in shown)}{rest}"
         for name, c in zip(names, configs, strict=True)
     ]
+
+
+def _short(value: Any) -> str:
+    """Its end, which tells paths apart, where it is long."""
+    text = str(value)
+    return text if len(text) <= LONGEST else f"…{text[1 - LONGEST :]}"
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:
@@ -122,41 +174,29 @@ def _records(workdir: Path, x: str) -> list[dict[str, Any]]:
     return records
 
 
-def _points(
-    records: Sequence[Mapping[str, float]], x: str, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _points(records: Sequence[Mapping[str, float]], x: str, name: str) -> Points:
     points = [(r[x], r[name]) for r in records if name in r]
     array = np.array(points, np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
-def _running_mean(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """The mean around each value, and of how many: one where they are few."""
-    n = 1 + 2 * (len(values) // SMOOTHED)
-    padded = np.pad(values, n // 2, mode="edge") if len(values) else values
-    return (np.convolve(padded, np.ones(n) / n, "valid") if n > 1 else values), n
+def _running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """x, the median of the finite y around there, and of how many: 1 of few."""
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    n = 1 + 2 * (len(y) // SMOOTHED)
+    if n == 1:
+        return x, y, n
+    centres = np.unique(np.linspace(0, len(y) - 1, DRAWN).astype(int))
+    windows = np.abs(centres[:, None] + np.arange(n) - n // 2)  # mirrored at the ends
+    windows = len(y) - 1 - np.abs(len(y) - 1 - windows)
+    return x[centres], np.median(y[windows], axis=1), n
 
 
-def _with_last(label: str, values: np.ndarray) -> str:
-    return f"{label} (last {values[-1]:.3f})" if len(values) else label
-
-
-def _with_least(points: tuple[np.ndarray, np.ndarray], x: str) -> str:
-    at, values = points
-    finite = np.flatnonzero(np.isfinite(values))
-    if not len(finite):
-        return "validation"
-    best = finite[np.argmin(values[finite])]
-    return f"validation (last {values[-1]:.3f}, least {values[best]:.3f})"
-
-
-def _legend_of_several(losses: Any, records: Any, labels: Any, x: str) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = []
-    for i, (run, label) in enumerate(zip(records, labels, strict=True)):
-        validation = _points(run, x, "val_loss")
-        if validation[1].size:
-            label += f" ({_with_least(validation, x)})"
-        handles.append(Line2D([], [], color=f"C{i}", linewidth=1.6, label=label))
-    losses.legend(handles=handles, fontsize=8)
+def _last_and_least(records: Sequence[Mapping[str, float]]) -> str:
+    """Of the validation losses; nothing where there are none."""
+    values = [r["val_loss"] for r in records if "val_loss" in r]
+    if not values:
+        return ": none"
+    last, least = f"{values[-1]:.3f}", f"{min(values):.3f}"
+    return f": {last}" if last == least else f": {last}, least {least}"
