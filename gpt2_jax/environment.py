@@ -63,7 +63,9 @@ def _revision(package: Path) -> str | None:
     # An installed copy may lie in the .venv of a checkout, which says nothing of it.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return _git(
+        package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+    )
 
 
 def _git(folder: Path, *args: str) -> str | None:

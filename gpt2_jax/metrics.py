@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from gpt2_jax.chips import chip_of
 from gpt2_jax.config import GPT2Config
 
+EXPECTED_MFU = 0.4  # where it is not measured
+
 
 def flops_per_token(
     cfg: GPT2Config, n_params: int, block_size: int, *, per_param: int = 6

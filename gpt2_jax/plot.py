@@ -18,9 +18,14 @@ LONGEST = 30  # characters of a value there
 WIDTH = 120  # characters of its lines
 SMOOTHED = 100  # records of a curve, from which on its running median is drawn too
 DRAWN = 1000  # points of that at most
-FAINT = 0.3
 BEGINNING, SPIKES = 0.05, 0.002  # shares of a run that may run out of the picture
 
+THICK: dict[str, Any] = {"linewidth": 1.6}
+THIN: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.7}
+FAINT: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.3}
+DOTTED: dict[str, Any] = {**THICK, "marker": "o", "markersize": 3.5}
+
+Records = Sequence[Mapping[str, float]]
 Points = tuple[np.ndarray, np.ndarray]
 
 
@@ -38,7 +43,6 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
         more than MOST_RUNS runs.
     """
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
     if x not in AXES:
@@ -46,51 +50,22 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
     if len(workdirs) > MOST_RUNS:
         raise ValueError(f"{len(workdirs)} runs are more than {MOST_RUNS}")
     runs = [_records(workdir, x) for workdir in workdirs]
-    is_single = len(workdirs) == 1
-    labels = legend(workdirs)
-    if not is_single:
-        labels = [
-            f"{label}; validation{_last_and_least(records)}"
-            for label, records in zip(labels, runs, strict=True)
+    names = legend(workdirs)
+    if len(runs) > 1:
+        names = [
+            textwrap.fill(f"{name}; validation{_last_and_least(run)}", WIDTH)
+            for name, run in zip(names, runs, strict=True)
         ]
-
-    labels = ["\n".join(textwrap.wrap(label, WIDTH)) for label in labels]
-    rows = 0 if is_single else sum(1 + label.count("\n") for label in labels)
-    figure = Figure(figsize=(8, 6 + 0.2 * rows), dpi=150, layout="constrained")
+    below = sum(1 + name.count("\n") for name in names) if len(runs) > 1 else 0
+    figure = Figure(figsize=(8, 6 + 0.2 * below), dpi=150, layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    thick: dict[str, Any] = dict(linewidth=1.6)
-    dotted = dict(thick, marker="o", markersize=3.5)
-    handles = []
-    for i, (records, label) in enumerate(zip(runs, labels, strict=True)):
-        train, validation = (_points(records, x, name) for name in ("loss", "val_loss"))
-        color, other = f"C{i}", "C1" if is_single else f"C{i}"
-        at, median, n = _running_median(*train)
-        if n > 1 and is_single:
-            losses.plot(*train, color=color, linewidth=0.8, alpha=FAINT)
-        thin = dict(linewidth=1.0, alpha=0.7)
-        has_dots = not is_single and len(validation[1])
-        losses.plot(at, median, color=color, **(thin if has_dots else thick))
-        losses.plot(*validation, color=other, zorder=3, **dotted)
-        rates.plot(*_points(records, x, "learning_rate"), color=color, **thick)
-        if is_single:
-            of = f", median of {n} records" if n > 1 else ""
-            last = f": {median[-1]:.3f}" if len(median) else ""
-            handles.append(Line2D([], [], color=color, label=f"training{of}{last}"))
-            said = f"validation{_last_and_least(records)}"
-            handles.append(Line2D([], [], color=other, label=said, **dotted))
-        else:
-            handles.append(Line2D([], [], color=color, label=label, **thick))
-    if is_single:
-        has_dots = any("val_loss" in r for r in runs[0])
-        losses.legend(handles=handles[: 1 + has_dots], fontsize=9, loc="upper right")
-        figure.suptitle(labels[0], fontsize=11)
+    if len(runs) == 1:
+        _draw_one(losses, runs[0], x)
+        figure.suptitle(names[0], fontsize=11)
     else:
-        figure.legend(handles=handles, fontsize=8, loc="outside lower left")
-        grey = [
-            Line2D([], [], color="grey", label="validation", **dotted),
-            Line2D([], [], color="grey", label="training", **thin),
-        ]
-        losses.legend(handles=grey, fontsize=8, loc="upper right")
+        _draw_several(losses, runs, names, x)
+    for i, run in enumerate(runs):
+        rates.plot(*_points(run, x, "learning_rate"), color=f"C{i}", **THICK)
     losses.set_ylabel("loss (nats per token)")
     rates.set_ylabel("learning rate")
     rates.set_ylim(bottom=0)
@@ -99,12 +74,49 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
     rates.xaxis.set_major_formatter(
         EngFormatter(sep="") if x == "tokens" else lambda value, _: f"{value:,.0f}"
     )
-    rates.set_xlim(0, 1.01 * max([1, *(r[x] for records in runs for r in records)]))
+    rates.set_xlim(0, 1.01 * max([1, *(r[x] for run in runs for r in run)]))
     _limit_losses(losses)
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(png)
+
+
+def _draw_one(losses: Any, run: Records, x: str) -> None:
+    """Each record faintly, their running median, and validation."""
+    train, validation = _points(run, x, "loss"), _points(run, x, "val_loss")
+    at, median, n = _running_median(*train)
+    label = f"training, median of {n} records" if n > 1 else "training"
+    if n > 1:
+        losses.plot(*train, color="C0", **FAINT)
+    if len(median):
+        label += f": {median[-1]:.3f}"
+    losses.plot(at, median, color="C0", label=label, **THICK)
+    if len(validation[0]):
+        label = f"validation{_last_and_least(run)}"
+        losses.plot(*validation, color="C1", label=label, **DOTTED)
+    losses.legend(fontsize=9, loc="upper right")
+
+
+def _draw_several(
+    losses: Any, runs: Sequence[Records], names: Sequence[str], x: str
+) -> None:
+    """Validation, and thinner the running median of training; names go below."""
+    from matplotlib.lines import Line2D
+
+    for i, run in enumerate(runs):
+        at, median, _ = _running_median(*_points(run, x, "loss"))
+        validation = _points(run, x, "val_loss")
+        losses.plot(at, median, color=f"C{i}", **THIN)
+        losses.plot(*validation, color=f"C{i}", zorder=3, **DOTTED)
+    handles = [
+        Line2D([], [], color=f"C{i}", label=name, **THICK)
+        for i, name in enumerate(names)
+    ]
+    losses.figure.legend(handles=handles, fontsize=8, loc="outside lower left")
+    kinds = [("validation", DOTTED), ("training", THIN)]
+    handles = [Line2D([], [], color="grey", label=k, **style) for k, style in kinds]
+    losses.legend(handles=handles, fontsize=8, loc="upper right")
 
 
 def _limit_losses(axes: Any) -> None:
@@ -174,7 +186,7 @@ def _records(workdir: Path, x: str) -> list[dict[str, Any]]:
     return records
 
 
-def _points(records: Sequence[Mapping[str, float]], x: str, name: str) -> Points:
+def _points(records: Records, x: str, name: str) -> Points:
     points = [(r[x], r[name]) for r in records if name in r]
     array = np.array(points, np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
@@ -193,7 +205,7 @@ def _running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return x[centres], np.median(y[windows], axis=1), n
 
 
-def _last_and_least(records: Sequence[Mapping[str, float]]) -> str:
+def _last_and_least(records: Records) -> str:
     """Of the validation losses; nothing where there are none."""
     values = [r["val_loss"] for r in records if "val_loss" in r]
     if not values:

@@ -504,7 +504,7 @@ class _Run:
         self._peak = peak * self.mesh.size
         self._schedule = optim.schedule(cfg.optim, cfg.steps)
         self._schedule(start)  # compiles it, before steps are timed
-        self._shown = {"loss": ""}  # beside the bar
+        self._shown: dict[str, str] = {}  # beside the bar
         # tokens, seconds and those waited for data, of the steps since the last record
         self._recent: list[tuple[int, float, float]] = []
         self._writer = distributed.first_alone(partial(self._make_writer, start))
@@ -544,6 +544,7 @@ class _Run:
         if self.writes:
             self._note_start(
                 step=start,
+                model=dataclasses.asdict(self.model.cfg),
                 mesh=dict(shape),
                 attention=attention,
                 microbatches=cut,
@@ -588,8 +589,7 @@ class _Run:
             self._began = step, now
         self._check_skipped(step, values)
         self._bar.update(step - self._bar.n)
-        self._shown["loss"] = f"{values['loss']:.3f}"
-        self._bar.set_postfix(self._shown)
+        self._show(loss=f"{values['loss']:.3f}")
         if step % self.cfg.log_every and step != self.cfg.steps:
             return
         updates = step - int(values["skipped"])
@@ -602,12 +602,17 @@ class _Run:
             values["mfu"] = rate * self._flops / self._peak
             values["data_wait"] = waited / seconds
             self._recent.clear()
-            self._shown |= {"tokens/s": f"{rate:,.0f}", "MFU": f"{values['mfu']:.1%}"}
+            self._show(**{"tokens/s": f"{rate:,.0f}", "MFU": f"{values['mfu']:.1%}"})
         kind, peak = metrics.memory_in_use()
         values[kind] = peak
         self._write(step, **values)
         if self._bar.disable:
             self._say(metrics.log_line(step, self.cfg.steps, values, self._left(step)))
+
+    def _show(self, **texts: str) -> None:
+        """Beside the bar, with what stands there."""
+        self._shown |= texts
+        self._bar.set_postfix(self._shown)
 
     def _left(self, step: int) -> str:
         """Time until the last step, as [H:]MM:SS, evaluations and saves included."""
@@ -649,7 +654,7 @@ class _Run:
             else:
                 best = self.best
                 self.best = dataclasses.replace(best, since=best.since + 1)
-            self._shown["val"] = f"{result.loss:.3f}"
+            self._show(val=f"{result.loss:.3f}")
             self._write(step, val_loss=result.loss)
             self._say(
                 f"step {step}/{cfg.steps}: validation loss {result.loss:.4f}, "

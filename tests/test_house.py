@@ -17,6 +17,7 @@ HOUSE = [
     "__init__",
     "lm",
     "preflight",
+    "inspect_run",
     "train",
     "plot",
     "finetune",
