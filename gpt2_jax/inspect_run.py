@@ -203,14 +203,17 @@ def _speed(
 
 
 def _checkpoints(folder: Path, records: list[dict[str, Any]]) -> Lines:
-    losses = {r["step"]: _val_loss(r) for r in records if "val_loss" in r}
+    evaluated = {r["step"]: r for r in records if "val_loss" in r}
     found = folder.iterdir() if folder.is_dir() else []
     steps = sorted(int(p.name) for p in found if p.name.isdecimal())
-    best = min((s for s in steps if s in losses), key=losses.__getitem__, default=None)
+    compared = {s: _val_loss(evaluated[s]) for s in steps if s in evaluated}
+    best = min(compared, key=compared.__getitem__, default=None)
     lines = []
     for step in steps:
         files = (p for p in (folder / str(step)).rglob("*") if p.is_file())
-        loss = f"  validation {losses[step]:.4f}" if step in losses else ""
+        loss = ""
+        if step in evaluated:
+            loss = f"  validation {evaluated[step]['val_loss']:.4f}"
         size = _size(sum(p.stat().st_size for p in files))
         lines.append(f"{step:>9,}{size:>12}{loss}{'  best' * (step == best)}")
     return lines or ["none yet"]

@@ -665,15 +665,17 @@ class _Run:
         return self.val_loss
 
     def _sample(self, params: Params, step: int) -> None:
+        model = self.model
         mesh: Mesh | None = self.mesh
         if jax.process_count() > 1:
-            params, mesh = sharding.local_copy(params, self.mesh), None
+            params = sharding.local_copy(params, self.mesh)
             if not self.writes:
                 return
+            model, mesh = model.clone(mesh=None), None  # one device
         prompt = self.cfg.eval.sample_prompt
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
         [new_ids] = generate(
-            self.model,
+            model,
             unstack_layers(params),
             [ids],
             Options(max_new_tokens=self.cfg.eval.sample_tokens),

@@ -169,6 +169,13 @@ def test_the_trace_reads_by_layer(runs):
         assert name in content
 
 
+def test_steps_that_never_come_are_not_profiled(tmp_path):
+    cfg = TrainConfig.from_dict(default.get_config().to_dict())
+    with pytest.raises(ValueError, match="profile_steps=1000:1001 begins after steps="):
+        train(cfg, tmp_path, profiled=range(1000, 1001))
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_start_is_noted(runs):
     first, second = read_metrics(runs.observed / "environment.jsonl")
     assert (first["step"], second["step"]) == (0, 3)
