@@ -31,6 +31,7 @@ def test_the_revision_is_that_of_the_checkout_that_holds_the_package(tmp_path):
     (package / "__init__.py").write_text("a = 1\n")
     assert module._revision(package) is None  # no checkout
     git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "none")
     assert module._revision(package) is None  # copied into one
     git("add", "package")
     git("commit", "-qm", "one")

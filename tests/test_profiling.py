@@ -1,23 +1,23 @@
+import gzip
+import json
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.profiler import ProfileData
 
 from gpt2_jax.profiling import StepTrace, parse_steps
 
 
 def marked_steps(folder: Path) -> list[int]:
     """The numbers of the steps that a trace marks."""
-    [path] = folder.rglob("*.xplane.pb")
+    [path] = folder.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     return sorted(
-        dict(event.stats)["step_num"]
-        for plane in ProfileData.from_file(str(path)).planes
-        for line in plane.lines
-        for event in line.events
-        if event.name == "train"
+        int(event["args"]["step_num"])
+        for event in events
+        if event.get("name") == "train"
     )
 
 
