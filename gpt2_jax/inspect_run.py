@@ -81,7 +81,7 @@ def _run(workdir: Path, starts: list[dict[str, Any]]) -> Lines:
 
 def _config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Lines:
     differ = changes(json.loads(json.dumps(defaults)), config)
-    said = [f"{key}={new}" for key, (_, new) in differ.items()]
+    said = [f"{key}={shlex.quote(str(new))}" for key, (_, new) in differ.items()]
     return _wrapped("  ".join(said)) if said else ["the default"]
 
 
@@ -92,6 +92,7 @@ def _environment(
         return
     last = starts[-1]
     trained = last["trained"]
+    mixed = "a mixture" if config["data"].get("mixture") else "the built-in corpus"
     yield (
         "model",
         _wrapped(
@@ -106,7 +107,7 @@ def _environment(
         "data",
         _wrapped(
             f"{last['training_tokens']:,} training tokens of "
-            f"{config['data']['path'] or 'the built-in corpus or a mixture'}; "
+            f"{config['data']['path'] or mixed}; "
             f"vocabulary {last['vocab_size']:,} ({last['tokenizer']})"
         ),
     )
