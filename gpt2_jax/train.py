@@ -504,7 +504,7 @@ class _Run:
         self._peak = peak * self.mesh.size
         self._schedule = optim.schedule(cfg.optim, cfg.steps)
         self._schedule(start)  # compiles it, before steps are timed
-        self._shown: dict[str, str] = {}  # beside the bar
+        self._shown = {"loss": "-"}  # beside the bar
         # tokens, seconds and those waited for data, of the steps since the last record
         self._recent: list[tuple[int, float, float]] = []
         self._writer = distributed.first_alone(partial(self._make_writer, start))
