@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.remat = "none"  # for less memory compute again: none, dots (all but matrix
     # products), block (all of a layer)
     c.log_every = 10  # steps between records of the training metrics
+    c.wandb_project = ""  # Weights & Biases has them too, in this project; "": no
 
     # As in GPT2Config. With init_from the first two resize what it has, dropout rates
     # apply, and the rest is not looked at.
@@ -92,7 +93,7 @@ def get_config() -> ConfigDict:
     e.examples = 320  # from the start of the validation split; 0: all
     e.patience = 0  # evaluations without a lower loss that end the run; 0: none do
     e.sample_tokens = 0  # tokens to generate at each evaluation; 0: none
-    e.sample_prompt = ""
+    e.sample_prompt = ""  # that they follow; "": the end of a text
 
     k = c.checkpoint = ConfigDict()
     k.every = 100  # steps

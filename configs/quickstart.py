@@ -25,5 +25,7 @@ def get_config() -> ConfigDict:
     c.optim.min_learning_rate = 2e-4
     c.optim.warmup_steps = 50
     c.eval.every = 50
+    c.eval.sample_prompt = "The "
+    c.eval.sample_tokens = 40
     c.checkpoint.every = 200
     return c

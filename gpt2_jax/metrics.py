@@ -1,15 +1,22 @@
-"""What a run writes down: metrics, throughput, a loss curve."""
+"""What a run writes down: metrics, throughput, memory, samples."""
 
+import html
 import json
+import resource
+import sys
 import time
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from gpt2_jax.chips import chip_of
 from gpt2_jax.config import GPT2Config
+
+EXPECTED_MFU = 0.4  # where it is not measured
 
 
 def flops_per_token(
@@ -48,42 +55,162 @@ def peak_flops(dtype: Any) -> tuple[float, str]:
     return peak, f"{n} x {n} {jnp.dtype(dtype).name} matrix product, measured"
 
 
-class Writer:
-    """Metrics of a run: JSON Lines and TensorBoard events in its folder.
+def memory_in_use() -> tuple[str, int]:
+    """The most that was ever in use here, in bytes, and what it is.
 
-    A resumed run goes on in the same files: what was written for steps after
-    `start_step` is taken out first, so that each step stands there once. A run that
-    starts at step 0 writes that step itself.
+    - device_peak_bytes: what JAX allocated on a local device, the fullest of them;
+      without what its pool keeps in reserve.
+    - host_peak_bytes: the resident set of this process, where devices do not say.
     """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        return "device_peak_bytes", max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return "host_peak_bytes", unit * peak
 
-    def __init__(self, workdir: Path, start_step: int) -> None:
+
+class Sink(Protocol):
+    """A place where a run's numbers and texts go, steps ascending."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def write_text(self, step: int, name: str, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl, and texts in samples.jsonl: {"step": ..., name: value, ...}."""
+
+    def __init__(self, workdir: Path, end: int) -> None:
+        paths = workdir / "metrics.jsonl", workdir / "samples.jsonl"
+        for path in paths:
+            kept = [r for r in read_metrics(path) if r["step"] < end]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            temporary.replace(path)
+        self._metrics, self._texts = (path.open("a", buffering=1) for path in paths)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        self._texts.write(json.dumps({"step": step, name: text}) + "\n")
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._texts.close()
+
+
+class TensorBoard:
+    """Event files in the folder `tensorboard`."""
+
+    def __init__(self, workdir: Path, end: int) -> None:
         from tensorboardX import SummaryWriter
 
-        path = workdir / "metrics.jsonl"
-        end = start_step + 1 if start_step else 0  # of what is kept
-        kept = [r for r in read_metrics(path) if r["step"] < end]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        temporary.replace(path)
-        self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=end)
 
-    def write(self, step: int, **values: float) -> None:
-        """One record {"step": ..., name: value, ...}."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        self._board.add_text(name, text, step)
+        # TensorBoard shows Markdown: indented, a text stays as it is.
+        lines = text.splitlines() or [""]
+        self._board.add_text(name, "\n".join(f"    {x}" for x in lines), step)
 
     def close(self) -> None:
-        self._lines.close()
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl; a last line that was cut short is left out."""
+class WeightsAndBiases:
+    """A run of Weights & Biases, which a call of `train` that resumes goes on with.
+
+    It drops what is written for steps that it has: as they are computed again to the
+    same bits, nothing is lost. Mode, entity and server are as WANDB_* say.
+
+    Raises:
+      ValueError: without the package, or where W&B refuses.
+    """
+
+    def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                f"wandb_project={project!r} needs the package wandb: "
+                "pip install 'gpt2-jax[wandb]'"
+            ) from None
+        path = workdir / "wandb_id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        self._html = wandb.Html
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=path.read_text(),
+                name=workdir.name,
+                dir=workdir,
+                config=dict(config),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise ValueError(f"wandb_project={project!r}: {error}") from None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        page = self._html(f"<pre>{html.escape(text)}</pre>")
+        self._run.log({name: page}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Writer:
+    """Metrics and samples of a run: in its folder, and on Weights & Biases if asked.
+
+    A resumed run goes on in the same files: what was written for steps after
+    `start_step` is taken out first, so that each step stands there once. A run that
+    starts at step 0 writes that step itself.
+
+    Args:
+      wandb_project: of Weights & Biases; "": none.
+      config: what it shows as the run's.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        *,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        end = start_step + 1 if start_step else 0  # of what is kept
+        self._sinks: list[Sink] = []
+        if wandb_project:
+            self._sinks.append(WeightsAndBiases(workdir, wandb_project, config or {}))
+        self._sinks += [JsonLines(workdir, end), TensorBoard(workdir, end)]
+
+    def write(self, step: int, **values: float) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        for sink in self._sinks:
+            sink.write_text(step, name, text)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file; a last line that was cut short is left out."""
     if not path.exists():
         return []
     records = []
@@ -95,24 +222,25 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return records
 
 
-def plot_losses(metrics_path: Path, png_path: Path) -> None:
-    """Draws training and validation loss over steps as a PNG."""
-    from matplotlib.figure import Figure
-
-    records = read_metrics(metrics_path)
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for name, label, style in (
-        ("loss", "training", dict(linewidth=1, alpha=0.8)),
-        ("val_loss", "validation", dict(linewidth=1.5, marker="o", markersize=3.5)),
-    ):
-        points = [(r["step"], r[name]) for r in records if name in r]
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=f"{label} (last {y[-1]:.3f})", **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(png_path)
+def log_line(step: int, steps: int, values: Mapping[str, float], left: str) -> str:
+    """What a log says of a step: the metrics of it, and how long the rest takes."""
+    parts = [
+        f"loss {values['loss']:.4f}",
+        f"gradient norm {values['grad_norm']:.3g}",
+        f"learning rate {values['learning_rate']:.3g}",
+    ]
+    if values["skipped"]:
+        parts.append(f"{values['skipped']:.0f} skipped")
+    if "mfu" in values:
+        parts += [
+            f"{1000 * values['step_seconds']:.3g} ms",
+            f"{values['tokens_per_second']:,.0f} tokens/s",
+            f"MFU {values['mfu']:.1%}",
+            f"data wait {values['data_wait']:.1%}",
+        ]
+    for name in ("device", "host"):
+        if peak := values.get(f"{name}_peak_bytes"):
+            parts.append(f"{name} {peak / 2**30:.2f} GiB")
+    if left:
+        parts.append(f"{left} left")
+    return f"step {step}/{steps}: " + ", ".join(parts)

@@ -569,9 +569,10 @@ class GPT2(nn.Module):
         key = None if deterministic else self.make_rng("dropout")
         fold = lambda i: None if key is None else jax.random.fold_in(key, i)  # noqa: E731
 
-        x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
-        x_BTD = constrain(x_BTD, self.mesh, BATCH)
-        x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
+        with jax.named_scope("embedding"):
+            x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
+            x_BTD = constrain(x_BTD, self.mesh, BATCH)
+            x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
         apart = self.scan_layers or self.remat != "none"
         if apart and cache is None and not self.is_initializing():
             x_BTD = self._apply_layers(x_BTD, key, segment_BT)
@@ -614,9 +615,11 @@ class GPT2(nn.Module):
         if self.scan_layers:
             stacked = stack_layers(params)[STACKED]
             indices = jnp.arange(self.cfg.n_layer)
-            return jax.lax.scan(apply, x_BTD, (stacked, indices))[0]
+            with jax.named_scope(STACKED):
+                return jax.lax.scan(apply, x_BTD, (stacked, indices))[0]
         for i in range(self.cfg.n_layer):
-            x_BTD, _ = apply(x_BTD, (params[f"h_{i}"], i))
+            with jax.named_scope(f"{LAYER}{i}"):
+                x_BTD, _ = apply(x_BTD, (params[f"{LAYER}{i}"], i))
         return x_BTD
 
 

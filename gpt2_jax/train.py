@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -20,12 +21,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, sharding
+from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, plot, sharding
 from gpt2_jax.batches import Ahead, in_order, spread
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.prepare import build_tokenizer, load_index, prepared_folder
 from gpt2_jax.data.sft import sft_splits
+from gpt2_jax.environment import environment
 from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.generate import generate
 from gpt2_jax.interop.formats import load_base
@@ -41,6 +43,7 @@ from gpt2_jax.model import (
     unstack_layers,
 )
 from gpt2_jax.options import Options
+from gpt2_jax.profiling import StepTrace
 from gpt2_jax.tokenizer import (
     NoTokenizer,
     Tokenizer,
@@ -73,12 +76,18 @@ class Result:
     signal: int | None  # the signal that ended it before its last step
 
 
-def train(cfg: TrainConfig, workdir: str | Path) -> Result:
+def train(
+    cfg: TrainConfig, workdir: str | Path, *, profiled: range = range(0)
+) -> Result:
     """Trains up to `cfg.steps` updates, from the latest checkpoint in `workdir`.
 
     The run is a function of (cfg, data, seed): killed at any moment and called
     again, it ends in the same bits. SIGTERM and Ctrl-C end it after the current
     step, with a checkpoint.
+
+    Args:
+      profiled: updates, counted from 0, of which process 0 writes a trace into the
+        folder `profile` of `workdir`.
 
     Raises:
       ValueError, OSError: on bad input, with nothing of the run lost.
@@ -89,6 +98,11 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
             f"workdir={workdir} must be a folder, which all hosts of a job share"
         )
     workdir = Path(workdir)
+    if profiled and profiled.start >= cfg.steps:
+        raise ValueError(
+            f"profile_steps={profiled.start}:{profiled.stop} begins after "
+            f"steps={cfg.steps}"
+        )
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
     for size in {size for _, size in cfg.batch_warmup} | {cfg.batch_size}:
         cfg.microbatches(size, mesh)
@@ -133,7 +147,9 @@ def train(cfg: TrainConfig, workdir: str | Path) -> Result:
                 state = init_state(model, optimizer, mesh, cfg.seed, cfg.adapters)
         checkpoints = checkpoint.Checkpoints(folder, keep_last=cfg.checkpoint.keep_last)
         try:
-            run = _Run(cfg, workdir, mesh, data, tokenizer, model, checkpoints)
+            run = _Run(
+                cfg, workdir, mesh, data, tokenizer, model, checkpoints, profiled
+            )
             if adapted is not None:
                 run.adapt(*adapted)
             if contract is not None and contract.best is not None:
@@ -372,6 +388,7 @@ class _Run:
         tokenizer: Tokenizer,
         model: GPT2,
         checkpoints: checkpoint.Checkpoints,
+        profiled: range,
     ) -> None:
         self.cfg = cfg
         self.workdir = workdir
@@ -384,6 +401,7 @@ class _Run:
         self.n_valid = tokenizer.vocab_size
         self.eval_step = make_eval_step(model, self.n_valid)
         self.writes = distributed.is_first()
+        self.profiled = profiled
         self.val_loss: float | None = None
         self.best: Best | None = None
         self.base: Params | None = None  # what the params of a state are adapters of
@@ -393,6 +411,7 @@ class _Run:
                 f"eval.patience={cfg.eval.patience} needs a validation split"
             )
         self._clock: float | None = None  # when the last step was seen to end
+        self._began: tuple[int, float] | None = None  # the first, and when it ended
 
     def adapt(self, base: Params, said: Mapping[str, Any]) -> None:
         """Makes the run one of adapters of `base`, which has an entry a layer."""
@@ -420,8 +439,12 @@ class _Run:
             pending = None  # the metrics of the step that the device is at
             for step in range(start, start if self._exhausted else cfg.steps):
                 batch = self._batches.get(step)
-                state, fresh = step_fn(state, *batch, self.base)
+                with self._trace.step(step):
+                    state, fresh = step_fn(state, *batch, self.base)
                 self._batches.begin(step + 1)
+                if self._trace.end(step, fresh):
+                    self._say(f"step {step + 1}: trace in {self.workdir / 'profile'}")
+                    self._clock = None  # writing it took time
                 self._log(pending)
                 pending = (step + 1, fresh)
                 last = stop.requested(step + 1) or step + 1 == cfg.steps
@@ -444,6 +467,7 @@ class _Run:
             self.checkpoints.wait()
             return self._close(int(state.step), stop.received)
         finally:
+            self._trace.close()
             self._batches.close()
             self._bar.close()
             if self._writer is not None:
@@ -473,9 +497,13 @@ class _Run:
         peak, source = metrics.peak_flops(self.model.dtype)
         self._peak = peak * self.mesh.size
         self._schedule = optim.schedule(cfg.optim, cfg.steps)
+        self._schedule(start)  # compiles it, before steps are timed
+        self._shown = {"loss": "-"}  # beside the bar
         # tokens, seconds and those waited for data, of the steps since the last record
         self._recent: list[tuple[int, float, float]] = []
-        self._writer = metrics.Writer(self.workdir, start) if self.writes else None
+        self._writer = distributed.first_alone(partial(self._make_writer, start))
+        traced = self.workdir / "profile" if self.writes and self.profiled else None
+        self._trace = StepTrace(traced, self.profiled)
         on_terminal = sys.stderr.isatty() and self.writes
         self._bar = tqdm(
             total=cfg.steps,
@@ -505,6 +533,40 @@ class _Run:
         )
         if start:
             self._say(f"resumed at step {start} of {cfg.steps} in {self.workdir}")
+        if self.profiled and start >= self.profiled.stop:
+            self._say("nothing to profile: the steps are done")
+        if self.writes:
+            self._note_start(
+                step=start,
+                model=dataclasses.asdict(self.model.cfg),
+                mesh=dict(shape),
+                attention=attention,
+                microbatches=cut,
+                parameters=n_params,
+                trained=n_trained,
+                training_tokens=len(self.examples),
+                vocab_size=self.model.cfg.vocab_size,
+                tokenizer=self.tokenizer.kind,
+                flops_per_token=self._flops,
+                flops_formula=f"{per_param}N + 12LDT",
+                peak_flops=self._peak,
+                peak_source=source,
+            )
+
+    def _make_writer(self, start: int) -> metrics.Writer | None:
+        if not self.writes:
+            return None
+        project = self.cfg.wandb_project
+        return metrics.Writer(
+            self.workdir, start, wandb_project=project, config=plain(self.cfg)
+        )
+
+    def _note_start(self, **facts: Any) -> None:
+        """Adds a line to environment.jsonl, which has one for each start of the run."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = {"started": now, **environment(), **facts}
+        with (self.workdir / "environment.jsonl").open("a") as f:
+            f.write(json.dumps(record) + "\n")
 
     def _log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
         """Fetches the metrics of a step, which waits until it is done."""
@@ -517,12 +579,11 @@ class _Run:
             tokens = len(self.cfg.batch(step - 1)) * self.cfg.block_size
             self._recent.append((tokens, now - self._clock, waited))
         self._clock = now
+        if self._began is None:
+            self._began = step, now
         self._check_skipped(step, values)
         self._bar.update(step - self._bar.n)
-        shown = {"loss": values["loss"], "val": self.val_loss}
-        self._bar.set_postfix(
-            {k: f"{x:.3f}" for k, x in shown.items() if x is not None}
-        )
+        self._show(loss=f"{values['loss']:.3f}")
         if step % self.cfg.log_every and step != self.cfg.steps:
             return
         updates = step - int(values["skipped"])
@@ -535,15 +596,26 @@ class _Run:
             values["mfu"] = rate * self._flops / self._peak
             values["data_wait"] = waited / seconds
             self._recent.clear()
+            self._show(**{"tokens/s": f"{rate:,.0f}", "MFU": f"{values['mfu']:.1%}"})
+        kind, peak = metrics.memory_in_use()
+        values[kind] = peak
         self._write(step, **values)
         if self._bar.disable:
-            speed = (
-                f", {values['tokens_per_second']:,.0f} tokens/s, "
-                f"MFU {values['mfu']:.1%}"
-                if "mfu" in values
-                else ""
-            )
-            self._say(f"step {step}/{self.cfg.steps}: loss {values['loss']:.4f}{speed}")
+            self._say(metrics.log_line(step, self.cfg.steps, values, self._left(step)))
+
+    def _show(self, **texts: str) -> None:
+        """Beside the bar, with what stands there."""
+        self._shown |= texts
+        self._bar.set_postfix(self._shown)
+
+    def _left(self, step: int) -> str:
+        """Time until the last step, as [H:]MM:SS, evaluations and saves included."""
+        assert self._began is not None
+        first, began = self._began
+        if step in (first, self.cfg.steps):
+            return ""
+        each = (time.perf_counter() - began) / (step - first)
+        return tqdm.format_interval(each * (self.cfg.steps - step))
 
     def _check_skipped(self, step: int, values: dict[str, float]) -> None:
         in_row, most = int(values["skipped_in_row"]), self.cfg.optim.max_skipped
@@ -577,6 +649,7 @@ class _Run:
             else:
                 best = self.best
                 self.best = dataclasses.replace(best, since=best.since + 1)
+            self._show(val=f"{result.loss:.3f}")
             self._write(step, val_loss=result.loss)
             self._say(
                 f"step {step}/{cfg.steps}: validation loss {result.loss:.4f}, "
@@ -587,15 +660,17 @@ class _Run:
         return self.val_loss
 
     def _sample(self, params: Params, step: int) -> None:
+        model = self.model
         mesh: Mesh | None = self.mesh
         if jax.process_count() > 1:
-            params, mesh = sharding.local_copy(params, self.mesh), None
+            params = sharding.local_copy(params, self.mesh)
             if not self.writes:
                 return
+            model, mesh = model.clone(mesh=None), None  # one device
         prompt = self.cfg.eval.sample_prompt
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
         [new_ids] = generate(
-            self.model,
+            model,
             unstack_layers(params),
             [ids],
             Options(max_new_tokens=self.cfg.eval.sample_tokens),
@@ -628,7 +703,7 @@ class _Run:
         if not self.writes:
             return result
         curve = self.workdir / "loss.png"
-        metrics.plot_losses(self.workdir / "metrics.jsonl", curve)
+        plot.draw_curves([self.workdir], curve)
         if received is not None:
             name = signal.Signals(received).name
             print(
@@ -648,7 +723,8 @@ class _Run:
 
     def _write(self, step: int, **values: float) -> None:
         if self._writer is not None:
-            self._writer.write(step, **values)
+            tokens = self.cfg.batch(step - 1).stop * self.cfg.block_size if step else 0
+            self._writer.write(step, tokens=tokens, **values)
 
     def _say(self, text: str) -> None:
         if not self.writes:

@@ -103,6 +103,7 @@ class TrainConfig:
     attention: str
     remat: str
     log_every: int
+    wandb_project: str
     model: Mapping[str, Any]  # GPT2Config's fields; vocab_size 0: the tokenizer's
     data: DataConfig
     optim: optim.OptimConfig

@@ -49,15 +49,16 @@ def summed_loss(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="hidden",
     )
-    return summed_cross_entropy(
-        hidden_BTD,
-        params["wte"]["embedding"],
-        tokens_BT[:, 1:],
-        mask_BT,
-        scale_V=params["wte"].get("scale"),
-        n_valid=n_valid,
-        mesh=model.mesh,
-    )
+    with jax.named_scope("loss"):
+        return summed_cross_entropy(
+            hidden_BTD,
+            params["wte"]["embedding"],
+            tokens_BT[:, 1:],
+            mask_BT,
+            scale_V=params["wte"].get("scale"),
+            n_valid=n_valid,
+            mesh=model.mesh,
+        )
 
 
 def gradients(
@@ -145,9 +146,10 @@ def train_step(
         dropout_key=key,
         lora=lora,
     )
-    params, opt_state, norm = optimizer.apply(
-        grads, state.opt_state, state.params, loss
-    )
+    with jax.named_scope("optimizer"):
+        params, opt_state, norm = optimizer.apply(
+            grads, state.opt_state, state.params, loss
+        )
     metrics = {"loss": loss, "grad_norm": norm, **guard_counts(opt_state)}
     return TrainState(state.step + 1, params, opt_state), metrics
 

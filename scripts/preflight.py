@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from gpt2_jax import cli, preflight
 from gpt2_jax.chips import CHIPS, chip_named
+from gpt2_jax.metrics import EXPECTED_MFU
 from gpt2_jax.train_config import TrainConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: configs/NAME.py.")
@@ -22,7 +23,7 @@ _CHIP = flags.DEFINE_string(
     "chip", "h100", f"One of {', '.join(chip.name for chip in CHIPS)}."
 )
 _N_DEVICES = flags.DEFINE_integer("n_devices", 8, "Chips, as JAX counts devices.")
-_MFU = flags.DEFINE_float("mfu", 0.4, "Share of the chip's peak to expect.")
+_MFU = flags.DEFINE_float("mfu", EXPECTED_MFU, "Share of the chip's peak to expect.")
 flags.mark_flag_as_required("config")
 
 

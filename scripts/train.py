@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from gpt2_jax import cli
 from gpt2_jax.distributed import Job, run
+from gpt2_jax.profiling import parse_steps
 from gpt2_jax.train import train
 from gpt2_jax.train_config import TrainConfig
 
@@ -24,17 +25,21 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job."
 _PROCESS = flags.DEFINE_integer("process_id", None, "This one's number, from 0.")
 _START = flags.DEFINE_integer("start_timeout", 300, "Seconds for all to come.")
 _PEER = flags.DEFINE_integer("peer_timeout", 100, "Seconds until silence is death.")
+_PROFILE = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:LAST, updates to trace into WORKDIR/profile."
+)
 flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> int:
     cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
+    profiled = parse_steps(_PROFILE.value) if _PROFILE.value else range(0)
     job = Job(
         *(_ADDRESS.value, _PROCESSES.value, _PROCESS.value, _START.value, _PEER.value)
     )
 
     def program() -> int:
-        stopped_by = train(cfg, _WORKDIR.value).signal
+        stopped_by = train(cfg, _WORKDIR.value, profiled=profiled).signal
         return 0 if stopped_by is None else 128 + stopped_by  # as shells say it
 
     return run(job, program)

@@ -1,14 +1,19 @@
-import json
+import dataclasses
+import sys
+import types
 
+import jax
 import jax.numpy as jnp
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.metrics import (
     Writer,
     flops_per_token,
+    log_line,
+    memory_in_use,
     peak_flops,
-    plot_losses,
     read_metrics,
 )
 
@@ -61,14 +66,111 @@ def test_tensorboard_events_hold_the_values(tmp_path):
     assert "sample/text_summary" in values
 
 
-def test_the_curve_is_a_png_of_both_losses(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    records = [{"step": i, "loss": 5 / (i + 1)} for i in range(20)]
-    records += [{"step": 10, "val_loss": 1.0}]
-    metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
-    plot_losses(metrics, tmp_path / "with.png")
-    metrics.write_text("")
-    plot_losses(metrics, tmp_path / "without.png")
-    drawn, empty = (tmp_path / n for n in ("with.png", "without.png"))
-    assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert drawn.stat().st_size > empty.stat().st_size + 1000
+def test_texts_are_kept_as_metrics_are(tmp_path):
+    first = Writer(tmp_path, 0)
+    for step in (0, 5, 10):
+        first.write_text(step, "sample", f"a\n{step}\u2028b")
+    first.close()
+    Writer(tmp_path, 5).close()
+    assert read_metrics(tmp_path / "samples.jsonl") == [
+        {"step": 0, "sample": "a\n0\u2028b"},
+        {"step": 5, "sample": "a\n5\u2028b"},
+    ]
+
+
+class FakeWandb(types.ModuleType):
+    """As much of the package as is called, which keeps what it is told."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.inits, self.logged, self.finished = [], [], 0
+        self.Html = lambda text: ("html", text)
+
+    def init(self, **kwargs):
+        self.inits.append(kwargs)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_has_the_same(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for start in (0, 2):
+        writer = Writer(tmp_path, start, wandb_project="gpt", config={"steps": 9})
+        writer.write(start + 1, loss=1.5)
+        writer.write_text(start + 1, "sample", "<a> & b")
+        writer.close()
+    assert wandb.finished == 2
+    assert wandb.logged[:2] == [
+        (1, {"loss": 1.5}),
+        (1, {"sample": ("html", "<pre>&lt;a&gt; &amp; b</pre>")}),
+    ]
+    first, second = wandb.inits
+    assert first == second  # with the same id: it goes on
+    assert first["id"] == (tmp_path / "wandb_id").read_text()
+    said = {name: first[name] for name in ("project", "name", "config", "resume")}
+    assert said == {
+        "project": "gpt",
+        "name": tmp_path.name,
+        "config": {"steps": 9},
+        "resume": "allow",
+    }
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
+def test_weights_and_biases_that_is_missing_or_refuses_is_one_line(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"'gpt' needs the package wandb: pip install"):
+        Writer(tmp_path, 0, wandb_project="gpt")
+    wandb = FakeWandb()
+
+    def refuse(**_):
+        raise wandb.Error("no API key")
+
+    wandb.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ValueError, match="wandb_project='gpt': no API key"):
+        Writer(tmp_path, 0, wandb_project="gpt")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@dataclasses.dataclass
+class FakeDevice:
+    stats: dict[str, int] | None
+
+    def memory_stats(self):
+        return self.stats
+
+
+def test_memory_is_that_of_the_fullest_device_or_else_of_the_process(monkeypatch):
+    kind, peak = memory_in_use()
+    assert kind == "host_peak_bytes"
+    assert 50 * 2**20 < peak < 100 * 2**30  # an interpreter with JAX in it
+    devices = [FakeDevice({"peak_bytes_in_use": n}) for n in (3, 7)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory_in_use() == ("device_peak_bytes", 7)
+
+
+def test_the_line_of_a_step():
+    values = {
+        **{"loss": 4.5, "grad_norm": 0.25, "learning_rate": 1e-3, "skipped": 0.0},
+        "host_peak_bytes": 3 * 2**29,
+    }
+    expected = "step 1/9: loss 4.5000, gradient norm 0.25, learning rate 0.001"
+    assert log_line(1, 9, values, "") == f"{expected}, host 1.50 GiB"
+    values |= {"step_seconds": 0.125, "tokens_per_second": 12345.6, "mfu": 0.3}
+    values |= {"data_wait": 0.01, "skipped": 2.0}
+    assert log_line(1, 9, values, "00:30") == (
+        f"{expected}, 2 skipped, 125 ms, 12,346 tokens/s, MFU 30.0%, data wait 1.0%, "
+        "host 1.50 GiB, 00:30 left"
+    )

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import time
 from functools import lru_cache, partial
 
@@ -325,3 +326,26 @@ def test_loss_of_examples_is_the_mean_over_their_completions(tiny, accumulation)
     assert float(loss) == pytest.approx(np.mean(nll), rel=1e-6)
     total, count = eval_step(params, *batch, model=model)
     assert float(total) / int(count) == pytest.approx(np.mean(nll), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "block"),
+    [
+        ({}, "h_0/"),
+        ({"scan_layers": True}, "h/while/body/.*"),
+        ({"remat": "block"}, "h_0/.*"),
+    ],
+)
+def test_a_trace_reads_by_layer(kwargs, block):
+    model, optimizer = GPT2(SMALL, **kwargs), make_optimizer(CFG, 100)
+    state = abstract_state(model, optimizer, ONE)
+    step = jax.jit(partial(train_step, model=model, optimizer=optimizer, seed=0))
+    tokens = jax.ShapeDtypeStruct((1, 2, 17), jnp.int32)
+    text = step.lower(state, tokens).compile().as_text()
+    names = "\n".join(sorted(set(re.findall(r'op_name="([^"]*)"', text))))
+    forward, backward = r"/jvp\(GPT2.hidden\)/", r"/transpose\(jvp\(GPT2.hidden\)\)/"
+    for path in ("embedding/w(t|p)e/", f"{block}attn/c_attn/", f"{block}mlp/", "ln_f/"):
+        assert re.search(forward + f"(.*/)?{path}", names), path
+        assert re.search(backward + f"(.*/)?{path}", names), path
+    assert re.search(r"/jvp\(loss\)/.*(dot_general|exp)", names)
+    assert re.search(r"/optimizer/.*sqrt", names)

@@ -85,6 +85,14 @@ def test_no_checkpoint(tmp_path):
     assert "no such folder" in refused("evaluate.py", f"--workdir={tmp_path}/none")
 
 
+def test_no_run_to_plot_or_inspect(tmp_path):
+    error = refused("inspect_run.py", f"--workdir={tmp_path}")
+    assert f"{tmp_path} is no run's folder: no config.json" in error
+    flags = [f"--workdirs={tmp_path}/none", f"--out={tmp_path}/a.png"]
+    assert "none is no run's folder: no metrics.jsonl" in refused("plot.py", *flags)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_model_or_tokenizer_in_the_same_workdir(finished, text, tmp_path):
     before = sorted(finished.rglob("*"))
     error = refused("train.py", *arguments(finished, text), "--config.model.n_embd=32")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import load
+from gpt2_jax.metrics import read_metrics
 from test_run import ROOT, arguments, arrays, losses, start, train, wait_for_step
 
 MORE = ["--config.steps=400", "--config.eval.every=1000", "--config.checkpoint.every=7"]
@@ -79,9 +80,12 @@ def alone(text, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_as_one_and_one_goes_on_from_them(alone, text, tmp_path, n):
     workdir = tmp_path / "run"
-    with job(n, workdir, *arguments(workdir, text)) as processes:
+    args = [*arguments(workdir, text), "--config.eval.sample_tokens=3"]
+    with job(n, workdir, *args) as processes:
         outs = [p.communicate(timeout=120)[0] for p in processes]
         assert ends(processes) == [0] * n
+    samples = read_metrics(workdir / "samples.jsonl")
+    assert [r["step"] for r in samples] == [0, 8, 16, 24]
     assert f"mesh {{'data': {n}, 'fsdp': 1, 'tensor': 1}}" in outs[0]
     # the first alone speaks, and Gloo
     lines = [line for out in outs[1:] for line in out.splitlines()]

@@ -111,6 +111,7 @@ def test_the_run_leaves_what_it_promises(whole):
     named = next(r for r in records if r["step"] == 10)
     assert set(named) == {
         "step",
+        "tokens",
         "loss",
         "grad_norm",
         "skipped",
@@ -120,6 +121,7 @@ def test_the_run_leaves_what_it_promises(whole):
         "step_seconds",
         "tokens_per_second",
         "mfu",
+        "host_peak_bytes",
     }
     assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((whole / "tensorboard").glob("events.out.tfevents.*"))
@@ -159,6 +161,19 @@ def test_a_signal_saves_and_says_how_to_resume(whole, text, tmp_path, number):
     assert f"resumed at step {found.group(1)}" in train(tmp_path, text)
     assert losses(tmp_path) == losses(whole)
     assert arrays(tmp_path) == arrays(whole)
+
+
+def test_plot_and_inspect_by_script(whole, tmp_path):
+    out = tmp_path / "curves.png"
+    flags = [f"--workdirs={whole}", f"--out={out}", "--x=tokens"]
+    assert run("plot.py", *flags) == f"{out}\n"
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    screen = run("inspect_run.py", f"--workdir={whole}")
+    last = losses(whole)[STEPS]
+    assert f"training {last:.4f} at step {STEPS}" in screen
+    assert f"--workdir={whole}" in screen  # the command
+    assert "model.n_embd=16" in screen  # what differs from the default
+    assert "optim.b1" not in screen
 
 
 def test_generate_and_evaluate_by_script(whole):

@@ -1,0 +1,26 @@
+"""Prints on one screen what the folder of a run says of it.
+
+python scripts/inspect_run.py --workdir=runs/quickstart
+
+It is not called inspect.py: a script's folder comes first when Python imports, and
+many packages import the standard library's `inspect`.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gpt2_jax import cli
+from gpt2_jax.inspect_run import describe
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+
+
+def main(_: list[str]) -> None:
+    from configs import default  # found since cli.run looks beside scripts/
+
+    print(describe(Path(_WORKDIR.value), default.get_config().to_dict()))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,25 @@
+"""Draws loss and learning rate of one or several runs as a picture.
+
+python scripts/plot.py --workdirs=runs/quickstart --out=curves.png
+python scripts/plot.py --workdirs=runs/a,runs/b --out=curves.png --x=tokens
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gpt2_jax import cli
+from gpt2_jax.plot import AXES, draw_curves
+
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of runs.", required=True)
+_OUT = flags.DEFINE_string("out", None, "The PNG to write.", required=True)
+_X = flags.DEFINE_enum("x", "step", AXES, "What lies along the x axis.")
+
+
+def main(_: list[str]) -> None:
+    draw_curves([Path(path) for path in _WORKDIRS.value], Path(_OUT.value), x=_X.value)
+    print(_OUT.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,126 @@
+"""Of folders that lack parts; a whole one is in tests/integration/test_observed.py."""
+
+import json
+import re
+
+import pytest
+
+from gpt2_jax.inspect_run import describe
+from gpt2_jax.metrics import EXPECTED_MFU
+
+CONFIG = {
+    "steps": 100,
+    "batch_size": 4,
+    "block_size": 8,
+    "dtype": "bfloat16",
+    "data": {"path": ""},
+    "optim": {"learning_rate": 1e-3},
+}
+START = {
+    "started": "2026-01-01T00:00:00+00:00",
+    "step": 0,
+    "command": ["python", "train.py", "--config=a b"],
+    "git": None,
+    "python": "3.12.1",
+    "packages": {"jax": "0.11.2"},
+    "variables": {},
+    "processes": 2,
+    "devices": 16,
+    "device_kind": "TPU v4",
+    "mesh": {"data": 16, "fsdp": 1, "tensor": 1},
+    "attention": "pallas",
+    "parameters": 1000,
+    "trained": 10,
+    "model": {"n_layer": 1, "n_head": 2, "n_embd": 4, "n_positions": 8},
+    "training_tokens": 12345,
+    "vocab_size": 99,
+    "tokenizer": "char",
+    "flops_per_token": 275 * 10**9,
+    "flops_formula": "4N + 12LDT",
+    "peak_flops": 16 * 275e12,
+    "peak_source": "TPU v4, bfloat16, published",
+}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_a_run_that_only_has_a_config(workdir):
+    text = describe(workdir, CONFIG | {"optim": {"learning_rate": 6e-4}})
+    assert text.splitlines() == [
+        f"run          {workdir}",
+        "config       optim.learning_rate=0.001",
+        "progress     nothing written yet, of 100 steps",
+        "losses       none yet",
+        "speed        unknown",
+        "checkpoints  none yet",
+        "sample       none: eval.sample_tokens asks for one at each evaluation",
+    ]
+    assert "config       the default" in describe(workdir, CONFIG)
+
+
+def test_a_run_in_its_midst(workdir):
+    write(workdir / "environment.jsonl", START, {**START, "step": 40})
+    train = {"grad_norm": 0.5, "learning_rate": 1e-3, "skipped": 1.0}
+    speed = {"tokens_per_second": 5.0, "mfu": 0.2, "data_wait": 0.01}
+    write(
+        workdir / "metrics.jsonl",
+        {"step": 40, "tokens": 1280, "val_loss": 3.0},
+        {"step": 41, "loss": 2.5, "step_seconds": 9.0, **train, **speed},
+        {"step": 42, "loss": 2.5, "step_seconds": 2.0, **train, **speed},
+        {"step": 50, "loss": 2.25, "step_seconds": 1.0, **train, **speed},
+        {"step": 50, "tokens": 1600, "val_loss": float("nan"), "device_peak_bytes": 1},
+    )
+    for step, size in ((40, 1000), (50, 2**20)):
+        folder = workdir / f"checkpoints/{step}/state"
+        folder.mkdir(parents=True)
+        (folder / "data").write_bytes(size * b"x")
+    text = describe(workdir, CONFIG)
+    # 40% of 16 x 275 TFLOP/s by 275 GFLOP a token
+    rate = EXPECTED_MFU * 16 * 1000
+    for pattern in (
+        r"started at step 0, 40; last at 2026-01-01T00:00:00\+00:00 by",
+        r"python train.py '--config=a b'",
+        r"model        1,000 parameters, 10 of them trained; n_layer=1 n_head=2",
+        r"12,345 training tokens of the built-in corpus",
+        r"16 x TPU v4, mesh data=16 fsdp=1 tensor=1, 2 processes$",
+        r"Python 3.12.1, jax 0.11.2$",
+        r"revision unknown$",
+        r"step 50 of 100 \(50%\), 1,600 tokens; 100 s of steps left$",
+        r"training 2.2500 at step 50, .* 1 updates skipped$",
+        r"validation nan at step 50, least 3.0000 at step 40$",
+        rf"step +2 s +{1000 * 32 / rate:.3g} ms$",
+        rf"tokens/s +5 +{rate:,.0f}$",
+        r"MFU +20.0% +40% assumed$",
+        r"275,000,000,000 FLOPs a token \(4N \+ 12LDT\), 8.8e\+12 a step",
+        r"peak 4400 TFLOP/s",
+        r"device memory, at most 0.00 MiB of 32.00 GiB$",
+        r" 40 +0.00 MiB  validation 3.0000  best$",
+        r" 50 +1.00 MiB  validation nan$",
+    ):
+        assert re.search(pattern, text, re.M), (pattern, text)
+
+
+def test_long_samples_are_cut(workdir):
+    write(workdir / "samples.jsonl", {"step": 3, "sample": "a line\n" * 30})
+    lines = describe(workdir, CONFIG).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("sample"))
+    assert lines[at] == "sample       of step 3:"
+    assert [line.strip() for line in lines[at + 1 :]] == 8 * ["a line"] + ["..."]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*none"):
+        describe(tmp_path / "none", {})
+    with pytest.raises(FileNotFoundError, match=r"is no run's folder: no config.json"):
+        describe(tmp_path, {})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is no JSON: "):
+        describe(tmp_path, {})
