@@ -23,6 +23,7 @@ HOUSE = [
     "verify",
     "train_config",
     "train_step",
+    "explain",
     "beam",
     "generate",
     "sampling",
