@@ -23,7 +23,7 @@ MOST_WEIGHTS = 2**23  # of attention in a page, a byte each: in base64 11 MB
 MOST_ALTERNATIVES = 100
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
     """What a model made of a text of T tokens.
 
@@ -88,6 +88,9 @@ class Explanation:
     def save(self, path: str | Path) -> None:
         """Writes the page of `to_html`."""
         Path(path).write_text(self.to_html(), encoding="utf-8")
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {len(self.tokens)} tokens>"
 
     def _repr_html_(self) -> str:
         page = html.escape(self.to_html(), quote=True)

