@@ -151,7 +151,14 @@ def _same_segment(segment_BT: jax.Array) -> jax.Array:
     return (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
 
 
-def _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key, segment_BT=None):
+def causal_weights(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    *,
+    scale: jax.Array | float,
+    segment_BT: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T) of `causal_attention`: float32 [B, H, T, T]."""
     s_BHTS = jnp.einsum(
         "BTHK,BSHK->BHTS", q_BTHK, k_BTHK, preferred_element_type=jnp.float32
     )
@@ -160,7 +167,11 @@ def _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key, segment_BT
     if segment_BT is not None:
         seen &= _same_segment(segment_BT)
     s_BHTS = jnp.where(seen, s_BHTS * scale, UNSEEN)
-    p_BHTS = jax.nn.softmax(s_BHTS, axis=-1)
+    return jax.nn.softmax(s_BHTS, axis=-1)
+
+
+def _by_xla(q_BTHK, k_BTHK, v_BTHK, scale, dropout_rate, dropout_key, segment_BT=None):
+    p_BHTS = causal_weights(q_BTHK, k_BTHK, scale=scale, segment_BT=segment_BT)
     if dropout_key is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_key, 1 - dropout_rate, p_BHTS.shape)
         p_BHTS = jnp.where(keep_BHTS, p_BHTS / (1 - dropout_rate), 0.0)

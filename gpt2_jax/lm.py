@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax.beam import Hypothesis, beam_search
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.explain import Explanation, explain
 from gpt2_jax.generate import (
     NO_DRAFT,
     Decoder,
@@ -157,6 +158,34 @@ class LanguageModel:
             )
         check_ids(ids_BT, self.config.vocab_size)
         return _logits(self.model, self.params, ids_BT.astype(np.int32))
+
+    def explain(self, prompt: Prompt, *, top_k: int = 10) -> Explanation:
+        """What the model made of a text: probabilities, entropies, attention.
+
+        `explain(prompt).save("page.html")` makes a page of it; in a notebook it shows
+        itself.
+
+        Args:
+          prompt: one text, or its token ids.
+          top_k: alternatives to keep for each token.
+
+        Raises:
+          ValueError: on a bad id, a text over n_positions, or one that is too long for
+            a page (see `gpt2_jax.explain`).
+        """
+        prompts, _, is_batch = self._encode(prompt)
+        if is_batch:
+            raise ValueError(f"explain takes one prompt, not a list of {len(prompts)}")
+        check_ids(prompts[0], self._n_valid)
+        has_text = not isinstance(self.tokenizer, NoTokenizer)
+        return explain(
+            self.model,
+            self.params,
+            prompts[0],
+            self.tokenizer.token_bytes if has_text else None,
+            n_valid=self._n_valid,
+            top_k=top_k,
+        )
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Continues a prompt, or each of a list of prompts of any lengths.

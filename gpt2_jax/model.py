@@ -46,6 +46,7 @@ from gpt2_jax.attention import (
     attention_backend,
     cached_attention,
     causal_attention,
+    causal_weights,
 )
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
@@ -413,9 +414,7 @@ class Attention(nn.Module):
         c_attn = Linear((cfg.n_embd,), (3, *heads), std, *rest, name="c_attn")
         qkv_BT3HK = c_attn(x_BTD, adapter_key(self, dropout_key, 0))
         q_BTHK, k, v = (x[:, :, 0] for x in jnp.split(qkv_BT3HK, 3, axis=2))
-        scale = cfg.head_dim**-0.5 if cfg.scale_attn_weights else 1.0
-        if cfg.scale_attn_by_inverse_layer_idx:
-            scale = scale / (layer + 1)
+        scale = attention_scale(cfg, layer)
         if cache is not None:
             held = cache.k_BHKS[layer], cache.v_BHSK[layer]
             att_BTHK, k, v = cached_attention(
@@ -644,6 +643,41 @@ def attention_of(model: GPT2, B: int, T: int, *, deterministic: bool) -> str:
         dropout=cfg.attn_pdrop > 0 and not deterministic,
         mesh=model.mesh,
     )
+
+
+def attention_scale(cfg: GPT2Config, layer: Any) -> Any:
+    """Of the scores in a layer: GPT-2's is 1 / sqrt(head_dim)."""
+    scale = cfg.head_dim**-0.5 if cfg.scale_attn_weights else 1.0
+    return scale / (layer + 1) if cfg.scale_attn_by_inverse_layer_idx else scale
+
+
+@partial(jax.jit, static_argnames="model")
+def attention_weights(
+    model: GPT2, params: Params, tokens_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits [B, T, V] and attention [N, B, H, T, T] of whole sequences, in float32.
+
+    What `c_attn` gives is captured as the model runs, and scores and softmax are
+    computed from it once more: no backend of attention keeps them. Row t of a head says
+    how much position t takes from each position up to its own.
+
+    Raises:
+      ValueError: when T exceeds n_positions.
+    """
+    layers = model.clone(scan_layers=False, remat="none")
+    (logits_BTV, _), kept = layers.apply(
+        {"params": params},
+        tokens_BT,
+        capture_intermediates=lambda module, _: module.name == "c_attn",
+        mutable=["intermediates"],
+    )
+    blocks, weights = kept["intermediates"], []
+    for i in range(model.cfg.n_layer):
+        (qkv_BT3HK,) = blocks[f"{LAYER}{i}"]["attn"]["c_attn"]["__call__"]
+        q_BTHK, k_BTHK = qkv_BT3HK[:, :, 0], qkv_BT3HK[:, :, 1]
+        scale = attention_scale(model.cfg, i)
+        weights.append(causal_weights(q_BTHK, k_BTHK, scale=scale))
+    return logits_BTV, jnp.stack(weights)
 
 
 def layer_norm(cfg: GPT2Config, dtype, param_dtype, name=None) -> "LayerNorm":

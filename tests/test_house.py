@@ -26,6 +26,7 @@ HOUSE = [
     "verify",
     "train_config",
     "train_step",
+    "explain",
     "beam",
     "generate",
     "sampling",

@@ -64,6 +64,23 @@ def test_logits_of_odd_shapes(tmp_path, seed):
     check_logits(np.asarray(lm.logits(tokens)), logits_of(model, tokens))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_attention_of_odd_shapes(tmp_path, seed):
+    fields = odd_shape(seed)
+    model = theirs(seed, **fields, initializer_range=0.1)
+    model.save_pretrained(tmp_path)
+    lm = gpt2_jax.load(tmp_path)
+    ids = np.random.default_rng(seed).integers(0, fields["vocab_size"], 8)
+    with torch.no_grad():
+        reference = model(torch.from_numpy(ids[None]), output_attentions=True)
+    attention = np.concatenate([a.numpy() for a in reference.attentions])
+    explained = lm.explain(ids)
+    # The same sums in float32, in another order.
+    np.testing.assert_allclose(explained.attention, attention, rtol=0, atol=1e-5)
+    logp = reference.logits.log_softmax(-1)[0, np.arange(7), ids[1:]].numpy()
+    np.testing.assert_allclose(explained.logprobs, logp, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "name",
     [
