@@ -360,6 +360,8 @@ python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 python scripts/convert.py --model=runs/quickstart --to=hf --out=openai-community/gpt2
 """,
     )
+    for name in ("a", "b"):
+        (root / "runs" / name).symlink_to("quickstart")
     return root
 
 
