@@ -592,10 +592,9 @@ class LanguageModel:
 
 def _joined(parts: Sequence[Score]) -> Score:
     """The scores of the windows of a text, which may be none."""
-    fields = zip(*((s.token_ids, s.logprobs, s.is_greedy) for s in parts), strict=True)
-    if not parts:
-        fields = ([np.zeros(0, t)] for t in (np.int32, np.float32, bool))
-    return Score(*(np.concatenate(field) for field in fields))
+    nothing = Score(*(np.zeros(0, kind) for kind in (np.int32, np.float32, bool)))
+    fields = (vars(part).values() for part in (nothing, *parts))
+    return Score(*map(np.concatenate, zip(*fields, strict=True)))
 
 
 def _one_sequence(options: Options, what: str) -> Options:

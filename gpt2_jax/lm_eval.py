@@ -7,7 +7,7 @@ Needs the extra `eval`.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):
 
     def _scores(
         self, rows: Sequence[Row], what: str, disable_tqdm: bool
-    ) -> Iterator[tuple[int, Score]]:
+    ) -> Iterable[tuple[int, Score]]:
         return tqdm(
             self.lm.score_rows(rows, batch_size=self.batch_size),
             f"Running {what} requests",

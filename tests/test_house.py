@@ -31,6 +31,7 @@ HOUSE = [
     "sampling",
     "options",
     "text",
+    "detokenize",
     "interop.formats",
     "checkpoint",
     "data.sft",

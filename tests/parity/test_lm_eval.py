@@ -1,5 +1,5 @@
 """The lm-evaluation-harness with our model class and with its own `hf`, on the same
-weights and real text: pip install '.[test,parity,eval]'."""
+weights and real text: pip install '.[test,eval]' 'lm_eval[hf]'."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from gpt2_jax.tokenizer import load_tokenizer
 from shapes import random_params
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 pytest.importorskip("lm_eval")
 
 pytestmark = [
