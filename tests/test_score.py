@@ -47,3 +47,28 @@ def test_every_token_of_a_text_given_the_end_of_text_before(lm):
     assert score.perplexity == pytest.approx(np.exp(-score.logprobs.mean()), rel=1e-5)
     ids = lm.score(list(text.encode()))
     np.testing.assert_array_equal(ids.logprobs, score.logprobs)
+
+
+CHOICES = [
+    ("one two three", " four"), ("one two three", " five six seven"),
+    ("one two three", " x"), ("something else", " entirely"), ("a", "b"), ("a", "c"),
+    ("z" * 50, "yx"), ("z" * 50, "yxw"), ("z" * 50, "q"), ("z" * 60, "yx"),
+]  # fmt: skip
+
+
+def expected_of(lm, prompt, completion):
+    ids = [*prompt.encode(), *completion.encode()]
+    return ids, len(completion)
+
+
+def test_completions_given_their_prompts(lm):
+    prompts, completions = zip(*CHOICES, strict=True)
+    scores = lm.logprobs(list(prompts), list(completions))
+    for score, (prompt, completion) in zip(scores, CHOICES, strict=True):
+        check(lm, score, *expected_of(lm, prompt, completion))
+    one = lm.logprobs(*CHOICES[0])
+    np.testing.assert_allclose(one.logprobs, scores[0].logprobs, rtol=0, atol=2e-5)
+    three = lm.logprobs(prompts[0], list(completions[:3]))
+    assert [len(s.logprobs) for s in three] == [5, 15, 2]
+    ids = lm.logprobs([list(b"one two three")], list(b" four"))
+    np.testing.assert_array_equal(ids[0].logprobs, one.logprobs)

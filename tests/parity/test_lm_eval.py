@@ -72,10 +72,11 @@ def sentences():
     return found
 
 
-def write_tasks(folder: Path) -> None:
+def write_tasks(folder: Path, n: int) -> None:
+    """Each with n documents: the same for all."""
     rng, pool = np.random.default_rng(0), sentences()
     rows = []
-    for _ in range(N):
+    for _ in range(n):
         i = int(rng.integers(len(pool) - 40))
         words = pool[i + 1].split()
         others = [pool[int(j)].split() for j in rng.integers(0, len(pool), 3)]
@@ -100,7 +101,7 @@ def write_tasks(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
-    write_tasks(folder)
+    write_tasks(folder, N)
     sizes = dict(vocab_size=50257, n_positions=128, n_embd=32, n_head=2, n_layer=2)
     rates = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     cfg = GPT2Config(**sizes, **rates)
