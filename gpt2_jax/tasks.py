@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from gpt2_jax.data.sources import documents, examples_of_hub, open_file
+from gpt2_jax.data.sources import Document, documents, examples_of_hub, open_file
 from gpt2_jax.detokenize import detokenize
 from gpt2_jax.lm import LanguageModel, load
 from gpt2_jax.score import Row, Score, sliding_rows
@@ -212,7 +212,10 @@ def _brief(value: Any) -> str:
 
 def perplexity(path: str, reader: Reader) -> Prepared:
     """Of each document by itself: what `data.path` may be."""
-    texts = ["".join(document.texts()) for document in documents(path)]
+    texts: list[str] = []
+    for source in documents(path):  # a file of one document, or of many
+        one = isinstance(source, Document)
+        texts += ["".join(source.texts())] if one else source.texts()
     return _perplexity(texts, reader, f"{len(texts)} documents apart")
 
 
@@ -576,8 +579,9 @@ def run(
                     [s.total for s in ordered],
                     [bool(s.is_greedy.all()) for s in ordered],
                 )
-                found[i] = one
-                if results is not None:
+                if results is None:
+                    found[i] = one
+                else:
                     results.add(i, one)
                 progress.update()
     return [found[i] for i in range(len(examples))]
