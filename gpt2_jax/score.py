@@ -281,7 +281,8 @@ def _hidden(model, params, tokens_BT):
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
 def _prefill(model, params, tokens_GP, mesh):
-    empty = KVCache.empty(model.cfg, *tokens_GP.shape, cache_dtype(model.dtype))
+    G, P = tokens_GP.shape
+    empty = KVCache.empty(model.cfg, G, P, cache_dtype(model.dtype))
     cache = empty.replace(start=0)
     _, cache = apply(model, params, tokens_GP, cache, method="hidden")
     return _constrain(cache.replace(start=None), mesh)

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # __init__ is what `import gpt2_jax` gives; data is data/__init__.py, which is empty.
 HOUSE = [
     "cli",
+    "lm_eval",
     "xla_flags",
     "__init__",
-    "lm_eval",
     "tasks",
     "lm",
     "preflight",

@@ -3,6 +3,8 @@ weights and real text: pip install '.[test,eval]' 'lm_eval[hf]'."""
 
 import json
 import re
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.sources import default_corpus
+from gpt2_jax.detokenize import detokenize
 from gpt2_jax.interop import hf
 from gpt2_jax.tokenizer import load_tokenizer
 from shapes import random_params
@@ -175,3 +178,26 @@ def test_figures_are_those_of_hf(both):
                 compared += 1
     assert compared >= 7
     assert ours["choice"]["acc,none"] == theirs["choice"]["acc,none"]
+
+
+def test_the_harness_own_command(folder):
+    """`python -m gpt2_jax.lm_eval` knows the class, and a second run its cache."""
+    command = [sys.executable, "-m", "gpt2_jax.lm_eval", "--model", "gpt2_jax"]
+    command += ["--model_args", f"path={folder / 'model'}", "--tasks", "last_word"]
+    command += ["--include_path", str(folder), "--use_cache", str(folder / "cache")]
+    for times in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert re.search(r"\|last_word\|.*\|acc\s*\|", done.stdout)
+        assert (f"Cached requests: {N * times}" in done.stderr) or not times
+    assert "Running loglikelihood requests" not in done.stderr
+
+
+def test_detokenizer_is_the_harness_own():
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    page = (
+        " \n = Fox ( animal ) = \n \n The girls ' foxes , aged 1 @,@ 234 @.@ 5 years ; "
+        'are " very quick " . It \'s 20 @-@ odd [ b ] = = Diet = = \n Rats : 5 ° C .\n'
+    )
+    assert detokenize(page, "wikitext") == wikitext_detokenizer({"page": page})
