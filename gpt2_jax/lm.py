@@ -186,7 +186,8 @@ class LanguageModel:
         rows: list[ScoredRow] = []
         counts = []
         for ids in texts:
-            check_ids(ids, self._n_valid)
+            if len(ids):
+                check_ids(ids, self._n_valid)
             ids = [eot_id, *ids] if eot_id >= 0 else ids
             windows = sliding_rows(ids, limit, stride)
             counts.append(len(windows))

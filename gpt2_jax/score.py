@@ -79,7 +79,7 @@ def sliding_rows(
 
 def batch_tokens() -> int:
     """That go through the model at a time: on a CPU, enough to keep it busy."""
-    return 2**10 if jax.default_backend() == "cpu" else 2**15
+    return 2**9 if jax.default_backend() == "cpu" else 2**15
 
 
 def score_rows(
@@ -168,7 +168,7 @@ class _Scorer:
         start = 0
         while start < len(order):
             T = length_bucket(len(rows[order[start]].ids) - 1, limit)
-            B = self.batch_size or max(1, batch_tokens() // T)
+            B = self.batch_size or max(1, min(batch_tokens() // T, len(order)))
             some = order[start : start + B]
             start += B
             B = self._spread(B)
@@ -197,7 +197,7 @@ class _Scorer:
         while order:
             (K, P), n_rows = size(order[0]), len(order[0])
             most = self.batch_size or batch_tokens() // (K + P // n_rows)
-            G = self._spread(max(1, most // n_rows))
+            G = self._spread(max(1, min(most // n_rows, len(groups))))
             some: list[list[int]] = []
             while (
                 order
