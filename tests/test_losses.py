@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import losses
-from gpt2_jax.losses import chunk_tokens, summed_cross_entropy
+from gpt2_jax.losses import chunk_tokens, summed_cross_entropy, token_log_probs
 from gpt2_jax.model import project_rows
 from gpt2_jax.sharding import BATCH, make_mesh
 
@@ -91,10 +91,31 @@ def test_padding_of_the_vocabulary_has_no_part(monkeypatch, size):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)  # sums of 104
 
 
+@pytest.mark.parametrize("size", [1, 5, T])
+@pytest.mark.parametrize("shape", [None, (8, 1, 1), (2, 2, 2)])
+def test_log_probabilities_of_tokens(monkeypatch, size, shape):
+    in_chunks_of(monkeypatch, size)
+    mesh = None if shape is None else make_mesh(*shape)
+    logits = np.asarray(HIDDEN.astype(np.float64) @ EMBEDDING[:N_VALID].T)
+    targets = np.where(MASK, logits.argmax(-1), TARGETS).astype(np.int32)
+    at = targets[..., None]
+    expected = np.take_along_axis(logits, at, -1)[..., 0]
+    expected -= np.log(np.exp(logits).sum(-1))
+    f = jax.jit(partial(token_log_probs, n_valid=N_VALID, mesh=mesh))
+    got, is_greedy = f(HIDDEN, EMBEDDING, targets)
+    # logits up to 20 in float32: rounding
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(is_greedy, targets == logits.argmax(-1))
+    assert MASK.sum() < is_greedy.size
+
+
 @pytest.mark.parametrize("n_valid", [0, V + 1])
 def test_impossible_paddings_are_refused(n_valid):
-    with pytest.raises(ValueError, match=rf"n_valid={n_valid} must be in \[1, 128\]"):
-        summed_cross_entropy(HIDDEN, EMBEDDING, TARGETS, n_valid=n_valid)
+    for f in (summed_cross_entropy, token_log_probs):
+        with pytest.raises(
+            ValueError, match=rf"n_valid={n_valid} must be in \[1, 128\]"
+        ):
+            f(HIDDEN, EMBEDDING, TARGETS, n_valid=n_valid)
 
 
 def test_large_and_low_precision_logits_stay_finite():
@@ -157,6 +178,8 @@ def test_all_logits_are_never_held(monkeypatch, differentiated):
 
     logits = 4 * rows * tokens * vocab_size  # 31 MiB
     assert temporaries(plain) >= logits
+    if not differentiated:
+        assert temporaries(lambda *args: token_log_probs(*args)) < logits / 8
     # a chunk's logits, exponentials and gradient; the gradient of the embedding twice
     bound = 3.25 * 2**20 + 2 * 4 * vocab_size * width
     assert temporaries(summed_cross_entropy) < bound < logits / 8

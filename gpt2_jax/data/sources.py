@@ -309,6 +309,15 @@ def _load_hf(name: str) -> tuple[Any, str]:
         raise OSError(f"{name} can't be opened: {error}") from error
 
 
+def examples_of_hub(name: str) -> Iterator[dict[str, Any]]:
+    """The examples of `hf:NAME[:CONFIG[:SPLIT]]`. Raises OSError on what can't be."""
+    dataset, _ = _load_hf(name)
+    try:
+        yield from dataset
+    except Exception as error:  # no base in common, as in `_read_hf`
+        raise OSError(f"{name} can't be read: {error}") from error
+
+
 def _hf_source(name: str, field: str) -> Records:
     if not name.removeprefix("hf:").split(":")[0]:
         raise ValueError(f"{name!r} names no data set: hf:NAME[:CONFIG[:SPLIT]]")
