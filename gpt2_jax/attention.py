@@ -114,7 +114,8 @@ def causal_attention(
       dropout_rate: on the probabilities, when a `dropout_key` is given.
       attention: one of BACKENDS; see `attention_backend`.
       mesh: over which rows and heads are spread, which pallas needs to know.
-      segment_BT: int32; a token sees those of its own segment only. None: all.
+      segment_BT: int32; a token sees those of its own segment only. None: all. Of
+        [B, T, 2] the second is another segment that it sees as well.
 
     Returns:
       [B, T, H, K] in the dtype of v. Scores and softmax are in float32.
@@ -126,6 +127,8 @@ def causal_attention(
     backend = attention_backend(
         attention, q_BTHK.shape, q_BTHK.dtype, dropout=dropout, mesh=mesh
     )
+    if backend == "pallas" and segment_BT is not None and segment_BT.ndim == 3:
+        backend = "xla"  # the kernel knows of one segment a token
     if backend == "xla":
         if on_cpu() and not dropout and q_BTHK.shape[1] > QUERIES:
             k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, v_BTHK.dtype)
@@ -146,9 +149,14 @@ def causal_attention(
     return _by_pallas(q_BTHK, k_BTHK, v_BTHK, scale, mesh, segment_BT)
 
 
-def _same_segment(segment_BT: jax.Array) -> jax.Array:
-    """Bool [B, 1, T, T]."""
-    return (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
+def _same_segment(
+    segment_BT: jax.Array, at: slice = slice(None), end: int | None = None
+) -> jax.Array:
+    """Bool [B, 1, t, s]: what the tokens `at` see of those up to `end`."""
+    if segment_BT.ndim == 2:
+        segment_BT = segment_BT[..., None]
+    own_BS = segment_BT[:, :end, 0]
+    return (segment_BT[:, at, None] == own_BS[:, None, :, None]).any(-1)[:, None]
 
 
 def causal_weights(
@@ -323,8 +331,7 @@ def _attend_by_blocks(q_BTHK, k_BHKS, v_BHSK, start, scale, segment_BT=None):
         end = min(at + size, T)
         seen = jnp.arange(start + end) <= start + jnp.arange(at, end)[:, None]
         if segment_BT is not None:
-            same = segment_BT[:, at:end, None] == segment_BT[:, None, :end]
-            seen &= same[:, None]
+            seen &= _same_segment(segment_BT, slice(at, end), end)
         held = k_BHKS[..., : start + end], v_BHSK[:, :, : start + end]
         blocks.append(_attend(q_BHTK[:, :, at:end], *held, seen, scale))
     return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)

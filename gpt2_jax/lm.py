@@ -270,7 +270,7 @@ class LanguageModel:
     def score_rows(
         self, rows: Sequence[ScoredRow], *, batch_size: int | None = None
     ) -> Iterator[tuple[int, Score]]:
-        """`score.score_rows` with this model: (index, score), the longest first."""
+        """`score.score_rows` with this model: (index, score), the long ones first."""
         return score_rows(
             self.model,
             self.params,

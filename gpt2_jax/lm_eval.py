@@ -39,8 +39,8 @@ class HarnessModel(TemplateLM):
 
     Args:
       path, step, revision, dtype: as of `gpt2_jax.load`.
-      batch_size: rows at a time; "auto" and 1, the harness's default: as many as suit
-        their length. No result depends on it.
+      batch_size: windows of rows, or generated texts, at a time; "auto" and 1, the
+        harness's default: as many as suit the device. No result depends on it.
       max_batch_size, device: given by the harness and not looked at: JAX has its own
         devices (JAX_PLATFORMS).
     """

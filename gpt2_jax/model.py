@@ -533,7 +533,8 @@ class GPT2(nn.Module):
           deterministic: False applies dropout, with the rng stream "dropout".
           segment_BT: int32, where whole sequences hold several texts end to end: a
             token sees those of its own segment, a run of equal numbers, and positions
-            count from where it begins. None: all is one.
+            count from where it begins. None: all is one. Of [B, T, 2] the second is
+            another segment before it, which it goes on from.
 
         Raises:
           ValueError: when T exceeds n_positions or the size of the cache.
@@ -623,8 +624,13 @@ class GPT2(nn.Module):
 
 
 def positions_within(segment_BT: jax.Array) -> jax.Array:
-    """int32 [B, T]: how far each token is from the first of its segment."""
+    """int32 [B, T]: how many tokens each has before it, of its segments."""
     position_T = jnp.arange(segment_BT.shape[1])
+    if segment_BT.ndim == 3:
+        own_BT = segment_BT[..., 0]
+        seen_BTS2 = segment_BT[:, :, None] == own_BT[:, None, :, None]
+        before_BTS = seen_BTS2.any(-1) & (position_T < position_T[:, None])
+        return before_BTS.sum(-1)
     is_first_BT = jnp.diff(segment_BT, prepend=segment_BT[:, :1]) != 0
     return position_T - jax.lax.cummax(jnp.where(is_first_BT, position_T, 0), axis=1)
 

@@ -1,13 +1,14 @@
-"""Log-probabilities of given tokens: batched by length, no logits held.
+"""Log-probabilities of given tokens: packed into windows, no logits held.
 
-Logits are made for the targets alone, some at a time.
+Many rows share a window, as segments that don't see each other, and what rows begin
+with in common stands in it once. Logits are made for the targets alone, some at a time.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
-from gpt2_jax.attention import cache_dtype
-from gpt2_jax.cache import KVCache
+from gpt2_jax.data.sft import pack
 from gpt2_jax.generate import apply, power_of_two
 from gpt2_jax.losses import token_log_probs
 from gpt2_jax.model import GPT2, Params
+from gpt2_jax.sharding import on_cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,9 @@ def sliding_rows(
     return rows
 
 
-def batch_tokens() -> int:
-    """That go through the model at a time: on a CPU, enough to keep it busy."""
-    return 2**9 if jax.default_backend() == "cpu" else 2**15
+WINDOW = 512  # tokens, where nothing is longer
+MIN_WINDOW = 32
+TOKENS = 2**15  # of all windows that go through an accelerator together
 
 
 def score_rows(
@@ -93,13 +94,13 @@ def score_rows(
 ) -> Iterator[tuple[int, Score]]:
     """(index, score) of each row, in the order in which they are done.
 
-    Rows whose ids before the scored ones are the same go together, and what these have
-    in common goes through the model once.
+    Rows whose ids before the scored ones are the same go together, and these ids go
+    through the model once.
 
     Args:
       rows: of at most n_positions ids before the last, `n_scored` >= 1 of them targets.
       n_valid: ids from here on pad the vocabulary and have no probability.
-      batch_size: rows at a time; None: as many as suit their length and the device.
+      batch_size: windows at a time; None: as many as suit the device.
 
     Raises:
       ValueError: on a row that is too long or has too few ids, before anything runs.
@@ -113,143 +114,65 @@ def score_rows(
             )
         if not 1 <= row.n_scored < len(row.ids):
             raise ValueError(f"row {i}: {row.n_scored} of {len(row.ids)} ids scored")
-    scorer = _Scorer(model, params, n_valid, mesh, batch_size)
-    waiting: tuple[list[int], tuple[jax.Array, jax.Array]] | None = None
-    for some, result in scorer.run(rows):
-        if waiting is not None:  # one batch runs, one waits
-            yield from _collect(rows, *waiting)
-        waiting = some, result
+    stems = _stems(rows, limit)
+    lengths = [stem.length for stem in stems]
+    short = min(limit, max(MIN_WINDOW, power_of_two(min(WINDOW, sum(lengths)))))
+    waiting: tuple[list[_Place], tuple[jax.Array, jax.Array]] | None = None
+    for T, is_long in ((limit, True), (short, False)):
+        held = [s for s in stems if (s.length > short) == is_long]
+        packed = pack([stem.length for stem in held], T)
+        B = batch_size or (1 if on_cpu() else TOKENS // T)
+        B = max(1, min(B, len(packed)))
+        shards = 1 if mesh is None else sharding.n_batch_shards(mesh)
+        B = -(-B // shards) * shards
+        for first in range(0, len(packed), B):
+            windows = [[held[i] for i in w] for w in packed[first : first + B]]
+            arrays, places = _lay_out(rows, windows, B, T)
+            if mesh is not None:
+                arrays = jax.device_put(arrays, sharding.row_shardings(arrays, mesh))
+            tokens_BT, segment_BT2, *targets = arrays
+            hidden_BTD = _hidden(model, params, tokens_BT, segment_BT2)
+            result = _log_probs(params["wte"], hidden_BTD, *targets, n_valid, mesh)
+            if waiting is not None:  # one batch runs, one waits
+                yield from _collect(rows, *waiting)
+            waiting = places, result
     if waiting is not None:
         yield from _collect(rows, *waiting)
 
 
-def _collect(
-    rows: Sequence[Row], indices: list[int], result: tuple[jax.Array, jax.Array]
-) -> Iterator[tuple[int, Score]]:
-    logprob_BS, is_greedy_BS = map(np.asarray, result)
-    for b, i in enumerate(indices):
-        ids, n = rows[i]
-        targets = np.asarray(ids[-n:], np.int32)
-        yield i, Score(targets, logprob_BS[b, :n].copy(), is_greedy_BS[b, :n].copy())
+class _Stem(NamedTuple):
+    """Rows with the same ids before their first target's, and how long they are
+    together."""
+
+    indices: list[int]
+    length: int
 
 
-def length_bucket(length: int, limit: int, *, per_octave: int = 8) -> int:
-    """The least of `per_octave` lengths between powers of two that will do: a multiple
-    of 8, or the limit."""
-    step = max(8, power_of_two(length) // 2 // per_octave)
-    return min(-(-length // step) * step, limit)
+class _Place(NamedTuple):
+    """Where a row's targets are in a batch's results."""
+
+    row: int
+    b: int
+    start: int
 
 
-_Batches = Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scorer:
-    model: GPT2
-    params: Params
-    n_valid: int
-    mesh: Mesh | None
-    batch_size: int | None
-
-    def run(self, rows: Sequence[Row]) -> _Batches:
-        """Indices of rows with their log-probabilities [B, S], on the left of each row,
-        and whether they are greedy; rows of B beyond the indices pad it."""
-        groups: dict[bytes, list[int]] = {}
-        for i, (ids, n) in enumerate(rows):
-            groups.setdefault(np.asarray(ids[:-n], np.int64).tobytes(), []).append(i)
-        shared = [g for g in groups.values() if len(g) > 1 and _n_before(rows[g[0]])]
-        taken = {i for group in shared for i in group}
-        yield from self._alone(rows, [i for i in range(len(rows)) if i not in taken])
-        yield from self._shared(rows, shared)
-
-    def _alone(self, rows: Sequence[Row], indices: list[int]) -> _Batches:
-        limit = self.model.cfg.n_positions
-        order = sorted(indices, key=lambda i: -len(rows[i].ids))
-        start = 0
-        while start < len(order):
-            T = length_bucket(len(rows[order[start]].ids) - 1, limit)
-            B = self.batch_size or max(1, min(batch_tokens() // T, len(order)))
-            some = order[start : start + B]
-            start += B
-            B = self._spread(B)
-            tokens_BT = _padded([rows[i].ids[:-1] for i in some], B, T)
-            S = min(power_of_two(max(rows[i].n_scored for i in some)), T)
-            at_BS = _padded(
-                [
-                    np.arange(len(ids) - 1 - n, len(ids) - 1)
-                    for ids, n in (rows[i] for i in some)
-                ],
-                *(B, S),
-            )
-            hidden_BTD = _hidden(self.model, self.params, *self._place(tokens_BT))
-            yield some, self._log_probs([rows[i] for i in some], hidden_BTD, at_BS)
-
-    def _shared(self, rows: Sequence[Row], groups: list[list[int]]) -> _Batches:
-        """Each group's common ids but the last go into a cache first."""
-        limit = self.model.cfg.n_positions
-
-        def size(group: list[int]) -> tuple[int, int]:
-            longest = max(rows[i].n_scored for i in group)
-            before = length_bucket(_n_before(rows[group[0]]), limit, per_octave=2)
-            return length_bucket(longest, limit, per_octave=2), before
-
-        order = sorted(groups, key=size, reverse=True)
-        while order:
-            (K, P), n_rows = size(order[0]), len(order[0])
-            most = self.batch_size or batch_tokens() // (K + P // n_rows)
-            G = self._spread(max(1, min(most // n_rows, len(groups))))
-            some: list[list[int]] = []
-            while (
-                order
-                and len(some) < G
-                and sum(map(len, some)) + len(order[0]) <= G * n_rows
-                and size(order[0])[0] == K
-            ):
-                some.append(order.pop(0))
-            indices = [i for group in some for i in group]
-            R = G * n_rows
-            befores = [
-                rows[group[0]].ids[: _n_before(rows[group[0]])] for group in some
-            ]
-            inputs_RK = _padded(
-                [rows[i].ids[_n_before(rows[i]) : -1] for i in indices], R, K
-            )
-            owner_R, length_R = np.zeros((2, R), np.int32)
-            owner_R[: len(indices)] = [g for g, group in enumerate(some) for _ in group]
-            length_R[: len(indices)] = [_n_before(rows[i]) for i in indices]
-            cache = _prefill(
-                self.model, self.params, *self._place(_padded(befores, G, P)), self.mesh
-            )
-            hidden_RKD = _extend(
-                self.model,
-                self.params,
-                cache,
-                *self._place(inputs_RK, owner_R, length_R),
-                self.mesh,
-            )
-            at_RK = np.broadcast_to(np.arange(K, dtype=np.int32), (R, K))
-            yield (
-                indices,
-                self._log_probs([rows[i] for i in indices], hidden_RKD, at_RK),
-            )
-
-    def _log_probs(
-        self, rows: Sequence[Row], hidden_BTD: jax.Array, at_BS: np.ndarray
-    ) -> tuple[jax.Array, jax.Array]:
-        targets_BS = _padded([ids[-n:] for ids, n in rows], *at_BS.shape)
-        arrays = self._place(at_BS, targets_BS)
-        wte = self.params["wte"]
-        return _log_probs(wte, hidden_BTD, *arrays, self.n_valid, self.mesh)
-
-    def _spread(self, n: int) -> int:
-        """At least n, and a multiple of the devices that rows lie on."""
-        shards = 1 if self.mesh is None else sharding.n_batch_shards(self.mesh)
-        return -(-n // shards) * shards
-
-    def _place(self, *arrays: np.ndarray) -> tuple[Any, ...]:
-        if self.mesh is None:
-            return arrays
-        return jax.device_put(arrays, sharding.row_shardings(arrays, self.mesh))
+def _stems(rows: Sequence[Row], limit: int) -> list[_Stem]:
+    """What does not fit into `limit` tokens is cut into several."""
+    groups: dict[bytes, list[int]] = {}
+    for i, (ids, n) in enumerate(rows):
+        groups.setdefault(np.asarray(ids[: -n - 1], np.int64).tobytes(), []).append(i)
+    stems = []
+    for group in groups.values():
+        n_before = _n_before(rows[group[0]])
+        indices, length = list[int](), n_before
+        for i in group:
+            if length + rows[i].n_scored > limit:
+                stems.append(_Stem(indices, length))
+                indices, length = [], n_before
+            indices.append(i)
+            length += rows[i].n_scored
+        stems.append(_Stem(indices, length))
+    return stems
 
 
 def _n_before(row: Row) -> int:
@@ -257,55 +180,66 @@ def _n_before(row: Row) -> int:
     return len(row.ids) - row.n_scored - 1
 
 
-def _padded(rows: Sequence[Any], B: int, T: int) -> np.ndarray:
-    """int32 [B, T]."""
-    array_BT = np.zeros((B, T), np.int32)
-    for b, row in enumerate(rows):
-        array_BT[b, : len(row)] = row
-    return array_BT
+def _lay_out(
+    rows: Sequence[Row], windows: list[list[_Stem]], B: int, T: int
+) -> tuple[tuple[np.ndarray, ...], list[_Place]]:
+    """Tokens [B, T], segments [B, T, 2], targets and their places [B, S]."""
+    most = max(sum(rows[i].n_scored for s in w for i in s.indices) for w in windows)
+    S = min(T, -(-most // (step := max(8, power_of_two(most) // 8))) * step)
+    tokens_BT, (targets_BS, at_BS) = np.zeros((B, T), int), np.zeros((2, B, S), int)
+    segment_BT2 = np.full((B, T, 2), -1)
+    places = []
+    for b, window in enumerate(windows):
+        at, start, segment = 0, 0, 0
+        for stem in window:
+            before, trunk = rows[stem.indices[0]], segment
+            n = _n_before(before)
+            tokens_BT[b, at : at + n] = before.ids[:n]
+            segment_BT2[b, at : at + n] = trunk
+            at += n
+            for i in stem.indices:
+                ids, n = rows[i]
+                segment += 1
+                tokens_BT[b, at : at + n] = ids[-n - 1 : -1]
+                segment_BT2[b, at : at + n] = segment, trunk
+                targets_BS[b, start : start + n] = ids[-n:]
+                at_BS[b, start : start + n] = np.arange(at, at + n)
+                places.append(_Place(i, b, start))
+                at, start = at + n, start + n
+            segment += 1
+    arrays = tokens_BT, segment_BT2, targets_BS, at_BS
+    return tuple(x.astype(np.int32) for x in arrays), places
 
 
-# --- Compiled programs ----------------------------------------------------------------
+def _collect(
+    rows: Sequence[Row], places: list[_Place], result: tuple[jax.Array, jax.Array]
+) -> Iterator[tuple[int, Score]]:
+    logprob_BS, is_greedy_BS = map(np.asarray, result)
+    for i, b, start in places:
+        ids, n = rows[i]
+        there = b, slice(start, start + n)
+        yield (
+            i,
+            Score(
+                np.asarray(ids[-n:], np.int32),
+                logprob_BS[there].copy(),
+                is_greedy_BS[there].copy(),
+            ),
+        )
+
+
+# Apart, for the model is compiled for each shape of windows alone.
 
 
 @partial(jax.jit, static_argnames="model")
-def _hidden(model, params, tokens_BT):
-    """[B, T, D]. On a CPU as prompts are, by blocks that look at no later keys."""
-    B, T = tokens_BT.shape
-    cache = None
-    if jax.default_backend() == "cpu":
-        empty = KVCache.empty(model.cfg, B, T, cache_dtype(model.dtype))
-        cache = empty.replace(start=0)
-    return apply(model, params, tokens_BT, cache, method="hidden")[0]
-
-
-@partial(jax.jit, static_argnames=("model", "mesh"))
-def _prefill(model, params, tokens_GP, mesh):
-    G, P = tokens_GP.shape
-    empty = KVCache.empty(model.cfg, G, P, cache_dtype(model.dtype))
-    cache = empty.replace(start=0)
-    _, cache = apply(model, params, tokens_GP, cache, method="hidden")
-    return _constrain(cache.replace(start=None), mesh)
-
-
-@partial(jax.jit, static_argnames=("model", "mesh"))
-def _extend(model, params, cache, tokens_RK, owner_R, length_R, mesh):
-    """[R, K, D], each row after `length_R` tokens of the row `owner_R` of the cache."""
-    own = jax.tree.map(lambda x: jnp.take(x, owner_R, axis=0), cache)
-    own = own.resize(cache.size + tokens_RK.shape[1]).replace(length_B=length_R)
-    own = _constrain(own, mesh)
-    return apply(model, params, tokens_RK, own, method="hidden")[0]
-
-
-def _constrain(tree: Any, mesh: Mesh | None) -> Any:
-    if mesh is None:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, sharding.row_shardings(tree, mesh))
+def _hidden(model, params, tokens_BT, segment_BT2):
+    kept = {"segment_BT": segment_BT2, "method": "hidden"}
+    return apply(model, params, tokens_BT, **kept)[0]
 
 
 @partial(jax.jit, static_argnames=("n_valid", "mesh"))
-def _log_probs(wte, hidden_BTD, at_BS, targets_BS, n_valid, mesh):
-    """Of targets that are predicted from the places `at_BS` of the rows."""
+def _log_probs(wte, hidden_BTD, targets_BS, at_BS, n_valid, mesh):
+    """Of targets that are predicted from the places `at_BS` of the windows."""
     hidden_BSD = jnp.take_along_axis(hidden_BTD, at_BS[..., None], axis=1)
     result = token_log_probs(
         hidden_BSD,

@@ -457,7 +457,7 @@ def evaluate_task(
     Args:
       model, step, dtype: as of `gpt2_jax.load`.
       path: of the task's files.
-      batch_size: rows at a time; None: as many as suit their length.
+      batch_size: windows at a time; None: as many as suit the device.
       out: a `.json` file for the figures. What each example gave is appended to the
         `.jsonl` beside it as it comes, and the same command goes on from there.
 

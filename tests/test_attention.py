@@ -12,6 +12,7 @@ from gpt2_jax.attention import (
     cached_attention,
     causal_attention,
 )
+from gpt2_jax.model import positions_within
 from gpt2_jax.sharding import make_mesh
 
 
@@ -101,13 +102,15 @@ def test_the_kernel_for_tpus_is_the_same_function(dtype, shape, tolerance):
     ("dtype", "tolerance"),
     [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)],  # as above
 )
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("segmented", ["no", "apart", "branches"])
 def test_blocks_of_queries_are_the_same_function(dtype, tolerance, segmented):
     T = 2 * QUERIES + 40
     qkv = jax.random.normal(jax.random.key(0), (3, 2, T, 3, 16)).astype(dtype)
     segment = None
-    if segmented:
+    if segmented != "no":
         segment = np.concatenate([segments_of([T]), segments_of([130, 20, T - 150])])
+    if segmented == "branches":  # the third goes on from the first
+        segment = np.stack([segment, np.where(segment == 2, 0, segment)], axis=2)
     blocks = partial(causal_attention, segment_BT=segment)
     plain = partial(
         attention._by_xla, dropout_rate=0.0, dropout_key=None, segment_BT=segment
@@ -154,6 +157,25 @@ def test_a_token_sees_its_own_segment_only(interpret):
             alone = causal_attention(*part, scale=0.125)
             # sums of up to 250 terms in another order
             np.testing.assert_allclose(out[row, own], alone[0], atol=2e-6)
+
+
+def test_branches_see_what_they_go_on_from():
+    """As if each branch stood after the stem alone."""
+    lengths = [70, 30, 90, 40]  # a stem, two branches of it, and another text
+    segment = np.stack([segments_of(lengths), segments_of(lengths)], axis=2)
+    segment[:, 70:190, 1] = 0
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, sum(lengths), 2, 64))
+    out = causal_attention(q, k, v, scale=0.125, segment_BT=segment)
+    stem, others = np.arange(70), np.split(np.arange(70, 230), [30, 120])
+    for own, before in zip(others, (stem, stem, stem[:0]), strict=True):
+        held = np.append(before, own)
+        part = [x[:, held] for x in (q, k, v)]
+        alone = causal_attention(*part, scale=0.125)[:, len(before) :]
+        # sums of up to 160 terms in another order
+        np.testing.assert_allclose(out[:, own], alone, atol=2e-6)
+    assert positions_within(jnp.asarray(segment))[0].tolist() == [
+        *(*range(70), *range(70, 100), *range(70, 160), *range(40))
+    ]
 
 
 SHAPE = (8, 256, 12, 64)

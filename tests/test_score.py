@@ -9,7 +9,7 @@ from gpt2_jax import score
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.score import Row, length_bucket, sliding_rows
+from gpt2_jax.score import Row, sliding_rows
 from gpt2_jax.sharding import make_mesh, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer, CharTokenizer
 from gpt2_jax.weights import quantize
@@ -113,26 +113,34 @@ def test_completions_given_their_prompts(lm):
     check(lm, lm.logprobs("", "x"), [256, ord("x")], 1)
 
 
-def test_what_completions_have_in_common_goes_through_once(lm, monkeypatch):
-    seen = []
+def test_rows_share_a_window_and_what_they_begin_with(lm, monkeypatch):
+    seen, hidden = [], score._hidden
 
-    def counting(name):
-        program = getattr(score, name)
+    def call(model, params, tokens_BT, segment_BT2):
+        held = segment_BT2[..., 0] >= 0
+        seen.append((tokens_BT.shape, held.sum(1).tolist()))
+        return hidden(model, params, tokens_BT, segment_BT2)
 
-        def call(model, params, *args):
-            tokens = next(a for a in args if np.ndim(a) == 2)
-            seen.append((name, tokens.shape))
-            return program(model, params, *args)
-
-        monkeypatch.setattr(score, name, call)
-
-    for name in ("_hidden", "_prefill", "_extend"):
-        counting(name)
-    lm.logprobs("z" * 48, ["a", "bb", "ccc", "dd"])
-    assert seen == [("_prefill", (1, 48)), ("_extend", (4, 8))]
+    monkeypatch.setattr(score, "_hidden", call)
+    prompts, completions = ["z" * 40, "y" * 10], ["a", "bb", "ccc", "dd"]
+    scores = lm.logprobs(prompts[0], completions)
+    assert seen == [((1, 64), [39 + 8])]
     seen.clear()
-    lm.logprobs(["z" * 48, "y" * 48], ["a", "bb"])
-    assert [name for name, _ in seen] == ["_hidden"]
+    scores += lm.logprobs([prompts[1]] * 4, completions)
+    assert seen == [((1, 32), [9 + 8])]
+    seen.clear()
+    both = lm.logprobs([p for p in prompts for _ in range(4)], completions * 2)
+    assert seen == [((1, 64), [39 + 8 + 9 + 8])]
+    for found, apart in zip(both, scores, strict=True):
+        np.testing.assert_allclose(found.logprobs, apart.logprobs, rtol=0, atol=2e-5)
+    for i, found in enumerate(both):
+        text = prompts[i // 4] + completions[i % 4]
+        check(lm, found, list(text.encode()), len(completions[i % 4]))
+    seen.clear()
+    # 50 tokens before, and four times 10 that are scored, in windows of 64
+    many = lm.logprobs("z" * 51, [c * 10 for c in "abcd"])
+    assert [held for _, held in seen] == [[60]] * 4
+    check(lm, many[3], list(b"z" * 51 + b"d" * 10), 10)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -160,12 +168,14 @@ def test_weights_are_those_that_were_loaded(lm):
 
 
 def test_few_programs_are_compiled(lm, compilations):
+    other = GPT2(dataclasses.replace(CFG, layer_norm_epsilon=1e-6))  # not seen yet
+    lm = dataclasses.replace(lm, model=other)
     rng = np.random.default_rng(1)
     rows = [Row(rng.integers(0, 257, n), 1 + n // 3) for n in range(3, 66)]
     with compilations() as n:
         first = dict(lm.score_rows(rows))
-        # 8 lengths up to 64, and for each one or two numbers of targets
-        assert 0 < n() <= 8 + 2 * 8
+        # one of the model, and for each number of targets, a multiple of 8, one
+        assert 0 < n() <= 1 + 8
     with compilations() as n:
         again = dict(lm.score_rows(rows[::-1]))
         assert n() == 0
@@ -174,16 +184,6 @@ def test_few_programs_are_compiled(lm, compilations):
         np.testing.assert_allclose(mirror.logprobs, found.logprobs, atol=2e-5)
     small = dict(lm.score_rows(rows[:9], batch_size=2))
     np.testing.assert_allclose(small[8].logprobs, first[8].logprobs, atol=2e-5)
-
-
-def test_lengths_are_rounded_up_by_little():
-    lengths = np.arange(1, 1025)
-    for per_octave, most in ((8, 1 / 8), (2, 1 / 2)):
-        rounded = [length_bucket(int(n), 1024, per_octave=per_octave) for n in lengths]
-        assert (rounded >= lengths).all()
-        assert ((rounded - lengths) / np.maximum(lengths, 64))[64:].max() <= most
-        assert len(set(rounded)) <= 8 + 7 * per_octave
-    assert length_bucket(1000, 1001) == 1001
 
 
 @pytest.mark.parametrize(
