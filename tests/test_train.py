@@ -202,7 +202,10 @@ def test_changes_are_named_by_their_path():
     assert changes(old, new) == {"steps": (1000, 7), "optim.warmup_steps": (100, 2)}
 
 
-def test_signals_are_noted_and_a_second_ctrl_c_is_left_to_python(capfd):
+def test_signals_are_noted_and_a_second_ctrl_c_is_left_to_python(capfd, request):
+    # what starts the tests in the background may have Ctrl-C ignored
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, given))
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with StopSignals() as stop:
         assert not stop.requested(1)
