@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.chips import chip_of
-from gpt2_jax.metrics import EXPECTED_MFU, read_metrics
+from gpt2_jax.metrics import EXPECTED_MFU, read_metrics, size_of, time_of
 from gpt2_jax.train_config import changes
 
 RECENT = 20  # records of whose speeds the median is shown
@@ -143,7 +143,7 @@ def _progress(config: Mapping[str, Any], records: list[dict[str, Any]]) -> Lines
         text += f", {last['tokens']:,} tokens"
     recent = _recent(records, "step_seconds")
     if recent and last["step"] < steps:
-        text += f"; {_time((steps - last['step']) * recent)} of steps left"
+        text += f"; {time_of((steps - last['step']) * recent)} of steps left"
     return _wrapped(text)
 
 
@@ -185,7 +185,7 @@ def _speed(
     none = "-"
     columns = [
         ("", f"median of {RECENT}", "computed"),
-        ("step", none if seconds is None else _time(seconds), _time(tokens / rate)),
+        ("step", none if seconds is None else time_of(seconds), time_of(tokens / rate)),
         ("tokens/s", none if measured is None else f"{measured:,.0f}", f"{rate:,.0f}"),
         ("MFU", none if mfu is None else f"{mfu:.1%}", f"{EXPECTED_MFU:.0%} assumed"),
         ("data wait", none if wait is None else f"{wait:.1%}", none),
@@ -198,8 +198,8 @@ def _speed(
     for kind in ("device", "host"):
         peaks = [r[key] for r in records if (key := f"{kind}_peak_bytes") in r]
         if peaks:
-            of = f" of {_size(chip.memory)}" if chip and kind == "device" else ""
-            lines.append(f"{kind} memory, at most {_size(max(peaks))}{of}")
+            of = f" of {size_of(chip.memory)}" if chip and kind == "device" else ""
+            lines.append(f"{kind} memory, at most {size_of(max(peaks))}{of}")
     return lines
 
 
@@ -215,7 +215,7 @@ def _checkpoints(folder: Path, records: list[dict[str, Any]]) -> Lines:
         loss = ""
         if step in evaluated:
             loss = f"  validation {evaluated[step]['val_loss']:.4f}"
-        size = _size(sum(p.stat().st_size for p in files))
+        size = size_of(sum(p.stat().st_size for p in files))
         lines.append(f"{step:>9,}{size:>12}{loss}{'  best' * (step == best)}")
     return lines or ["none yet"]
 
@@ -241,15 +241,3 @@ def _val_loss(record: Mapping[str, float]) -> float:
 def _recent(records: list[dict[str, Any]], name: str) -> float | None:
     values = [r[name] for r in records if name in r][-RECENT:]
     return statistics.median(values) if values else None
-
-
-def _size(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 3600:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 3600:,.1f} hours"

@@ -29,6 +29,7 @@ from gpt2_jax.cache import KVCache
 from gpt2_jax.chips import Chip
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop.formats import open_model
+from gpt2_jax.metrics import size_of, time_of
 from gpt2_jax.model import GPT2, count_params
 from gpt2_jax.optim import Optimizer, make_optimizer
 from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
@@ -300,6 +301,7 @@ def render(plan: Plan) -> str:
     total_flops = plan.total_tokens * plan.flops_per_token
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     temporaries = plan.trials[plan.given].temporaries
+    cache = size_of(plan.cache_bytes)
     return f"""\
 parameters         {plan.n_params:,}
                    {N:,} = N without position embeddings
@@ -310,21 +312,21 @@ run                {cfg.steps:,} updates, {plan.total_tokens:,} tokens
 computed           in {cfg.dtype}, with remat={cfg.remat}
 devices            {plan.n_devices} x {chip.name}, mesh {mesh}
                    each {chip.peak_flops / 1e12:g} TFLOP/s in bfloat16
-                   {_bytes(chip.memory)} at {chip.bandwidth / 1e9:,.0f} GB/s
+                   {size_of(chip.memory)} at {chip.bandwidth / 1e9:,.0f} GB/s
 
 At an assumed MFU of {plan.mfu:.0%}
-update             {_time(plan.seconds_per_update)}
-the optimizer's    {_time(plan.optimizer_seconds)} or more, by the memory's speed
+update             {time_of(plan.seconds_per_update)}
+the optimizer's    {time_of(plan.optimizer_seconds)} or more, by the memory's speed
 tokens per second  {plan.tokens_per_second:,.0f}
-whole run          {_time(plan.total_tokens / plan.tokens_per_second)}
+whole run          {time_of(plan.total_tokens / plan.tokens_per_second)}
 
 On each device
-parameters         {_bytes(plan.params_bytes)}
-gradients          {_bytes(plan.params_bytes)}
-optimizer state    {_bytes(plan.optimizer_bytes)}
-temporaries        {_bytes(temporaries)}, gradients among them, as given
-KV cache           {_bytes(plan.cache_bytes)} a sequence of {model.n_positions:,} tokens
-usable             {_bytes(plan.usable_bytes)}, {HEADROOM:.0%} are kept free
+parameters         {size_of(plan.params_bytes)}
+gradients          {size_of(plan.params_bytes)}
+optimizer state    {size_of(plan.optimizer_bytes)}
+temporaries        {size_of(temporaries)}, gradients among them, as given
+KV cache           {cache} a sequence of {model.n_positions:,} tokens
+usable             {size_of(plan.usable_bytes)}, {HEADROOM:.0%} are kept free
 
 microbatches  examples a device        peak
 {_table(plan)}
@@ -342,7 +344,7 @@ def _table(plan: Plan) -> str:
         if microbatches == plan.given:
             said += ", as given"
         lines.append(
-            f"{microbatches:12}  {examples:17}  {_bytes(memory.peak):>10}  {said}"
+            f"{microbatches:12}  {examples:17}  {size_of(memory.peak):>10}  {said}"
         )
     return "\n".join(lines)
 
@@ -362,15 +364,3 @@ def _verdict(plan: Plan) -> str:
             "\nfor which XLA_CLIENT_MEM_FRACTION=0.9 has to be set: JAX takes 75% else"
         )
     return said
-
-
-def _bytes(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 3600:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 3600:,.1f} hours"
