@@ -25,8 +25,9 @@ from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, plot, sh
 from gpt2_jax.batches import Ahead, in_order, spread
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import Examples, TextExamples
-from gpt2_jax.data.prepare import build_tokenizer, load_index, prepared_folder
+from gpt2_jax.data.prepare import load_index, prepared_folder
 from gpt2_jax.data.sft import sft_splits
+from gpt2_jax.data.tokenizers import build_tokenizer
 from gpt2_jax.environment import environment
 from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.generate import generate

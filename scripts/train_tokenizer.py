@@ -6,8 +6,8 @@ Its folder is what --tokenizer of prepare_data.py and data.tokenizer of a config
 from absl import flags
 
 from gpt2_jax import cli
-from gpt2_jax.data.prepare import train_tokenizer
 from gpt2_jax.data.sources import FORMATS, split_paths
+from gpt2_jax.data.tokenizers import train_tokenizer
 from gpt2_jax.tokenizer import SENTENCEPIECE_MODELS, tokenizer_hash
 
 _PATH = flags.DEFINE_multi_string("path", None, "As of prepare_data.", required=True)

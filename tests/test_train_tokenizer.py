@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_jax.data.prepare import sample, train_tokenizer
+from gpt2_jax.data.tokenizers import sample, train_tokenizer
 from gpt2_jax.tokenizer import load_tokenizer, tokenizer_hash
 from test_tokenizer import PROSE, random_texts
 

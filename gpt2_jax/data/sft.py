@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_jax.data.loader import Batch, InOrder
-from gpt2_jax.data.prepare import SPLITS
+from gpt2_jax.data.shards import SPLITS
 from gpt2_jax.tokenizer import Tokenizer
 
 ASSISTANT = "assistant"

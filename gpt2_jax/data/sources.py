@@ -346,15 +346,12 @@ def _remote(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _reading(url: str) -> Iterator[None]:
-    """One kind of error, with the URL, for all that file systems raise.
-
-    Each of fsspec's stores raises what its client does, which has no base in common.
-    """
+    """One kind of error, with the URL, for all that file systems raise."""
     try:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file or folder: {url}") from None
-    except Exception as error:
+    except Exception as error:  # each store's client raises its own
         raise OSError(f"{url} can't be read: {error}") from error
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.data import prepare as module
-from gpt2_jax.data import sources
-from gpt2_jax.data.prepare import build_tokenizer, fingerprint, load_index, prepare
+from gpt2_jax.data import sources, tokenizers
+from gpt2_jax.data.prepare import fingerprint, load_index, prepare
+from gpt2_jax.data.tokenizers import build_tokenizer
 from gpt2_jax.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -364,6 +364,6 @@ def test_tokenizers_are_built(book: Path, tmp_path: Path):
 def test_sentencepiece_sees_only_the_first_text(tmp_path: Path, monkeypatch):
     folder_of_files(tmp_path / "in", 3)
     (tmp_path / "in" / "99.txt").write_bytes(b"\xff")  # would be refused
-    monkeypatch.setattr(module, "TRAINING_BYTES", 40)
+    monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 40)
     tokenizer = build_tokenizer("sentencepiece", tmp_path / "in", 275)
     assert tokenizer.vocab_size == 275

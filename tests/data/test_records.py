@@ -14,8 +14,8 @@ import fsspec
 import numpy as np
 import pytest
 
+from gpt2_jax.data import encode, sources
 from gpt2_jax.data import prepare as module
-from gpt2_jax.data import sources
 from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.data.sources import Place, documents, split_paths
 from gpt2_jax.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
@@ -115,7 +115,7 @@ def test_splits_are_by_hash_of_the_text(tmp_path):
 def test_long_documents_are_cut_in_blocks_and_stay_in_one_split(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BLOCK_BYTES", 50)
     monkeypatch.setattr(sources.Document.blocks, "__defaults__", (0, None, 50))
-    monkeypatch.setattr(module, "BATCH_BYTES", 20)
+    monkeypatch.setattr(encode, "BATCH_BYTES", 20)
     monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
     texts = [f"{n} " * 100 for n in range(50)]
     (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
@@ -179,7 +179,7 @@ def test_standard_input(tmp_path, monkeypatch):
     for content, kept in (("x" * 99, False), ("x" * 99, True), ("y" * 99, False)):
         give(content.encode())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module._Workplace, "publish", lambda *_: 1 / 0)
+            patch.setattr(module.Workplace, "publish", lambda *_: 1 / 0)
             made = work / "tokenizer/bytes.json"
             before = made.exists() and made.stat().st_mtime_ns
             with pytest.raises(ZeroDivisionError):
@@ -397,7 +397,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, package, path, messag
 def test_another_request_does_not_destroy_unfinished_work(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Workplace, "publish", lambda *_: 1 / 0)
+        patch.setattr(module.Workplace, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(tmp_path / "a.jsonl", tmp_path / "out", ByteTokenizer())
     kept = sorted(path.name for path in (tmp_path / "out.partial").iterdir())

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_jax.data import prepare as module
-from gpt2_jax.data import sources
+from gpt2_jax.data import encode, sources
 from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.tokenizer import ByteTokenizer
 
 # Commits after each shard, and a slow tokenizer: there is time to be killed in.
 PROGRAM = """
 import sys, time
-from gpt2_jax.data import prepare as module
+from gpt2_jax.data import encode, prepare as module
 from gpt2_jax.tokenizer import ByteTokenizer
 
 class Slow(ByteTokenizer):
@@ -26,7 +25,7 @@ class Slow(ByteTokenizer):
         time.sleep(0.02)
         return super().encode(text)
 
-module.BATCH_BYTES = 4000
+encode.BATCH_BYTES = 4000
 module.sources.Document.blocks.__defaults__ = (0, None, 4000)
 paths, out, seconds = sys.argv[1].split(","), sys.argv[2], float(sys.argv[3])
 module.COMMIT_SECONDS = seconds
@@ -159,7 +158,7 @@ def test_finished_work_is_not_done_again(corpus, tmp_path):
     Counting.encoded, Counting.limit = 0, total // 3
     options = {"threads": 1, "shard_tokens": 10_000}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BATCH_BYTES", 4000)
+        patch.setattr(encode, "BATCH_BYTES", 4000)
         with pytest.raises(InterruptedError):
             prepare(corpus, tmp_path / "out", Counting(), **options)
         state = json.loads((tmp_path / "out.partial/state.json").read_text())

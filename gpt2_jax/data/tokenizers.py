@@ -1,0 +1,169 @@
+"""Text -> tokenizer: what a run asks for, and tokenizers that are trained."""
+
+import hashlib
+import heapq
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from gpt2_jax.data import sources
+from gpt2_jax.data.sources import Paths
+from gpt2_jax.tokenizer import (
+    SENTENCEPIECE_MODELS,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    check_special_tokens,
+    load_tokenizer,
+    save_tokenizer,
+    train_byte_level_bpe,
+    train_sentencepiece,
+)
+
+KINDS = ("sentencepiece", "char", "bytes")
+TRAINING_BYTES = 20_000_000  # SentencePiece is trained on at most this much text
+SAMPLE_PART = 10_000  # characters
+
+
+def build_tokenizer(
+    kind: str,
+    path: Paths | None = None,
+    vocab_size: int | None = None,
+    *,
+    field: str = "text",
+    form: str = "auto",
+) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Args:
+      kind: "sentencepiece" trains one of `vocab_size` pieces on the first 20 MB of the
+        source, "char" takes all its characters, "bytes" needs no text; anything else is
+        the path of a given tokenizer, as for `load_tokenizer`.
+      path, field, form: the text, as for `sources.documents`.
+      vocab_size: needed for "sentencepiece"; elsewhere None, or what must come out.
+
+    Raises ValueError if vocab_size is missing or is not what the tokenizer has.
+    """
+    if kind == "sentencepiece":
+        if vocab_size is None:
+            raise ValueError("a sentencepiece tokenizer needs vocab_size")
+        return train_sentencepiece(
+            _first(_texts(path, field, form), TRAINING_BYTES), vocab_size
+        )
+    tokenizer: Tokenizer
+    if kind == "char":
+        tokenizer = CharTokenizer.train(_texts(path, field, form))
+    elif kind == "bytes":
+        tokenizer = ByteTokenizer()
+    else:
+        tokenizer = load_tokenizer(kind)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise ValueError(
+            f"{vocab_size=}, but the tokenizer {kind!r} has {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
+    """At most `max_bytes` of all texts, in their order, chosen by seed and content.
+
+    Texts are cut in parts of some 10,000 characters, of which those with the least
+    hashes are kept: one pass, and no more memory than what is kept.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"{max_bytes=} is not positive")
+    key = seed.to_bytes(8, "little")
+    kept: list[tuple[bytes, int, str]] = []  # a heap: the greatest hash is first
+    size = number = 0
+    for text in texts:
+        for at in range(0, len(text), SAMPLE_PART):
+            part = text[at : at + SAMPLE_PART]
+            content = part.encode()
+            digest = hashlib.blake2b(content, digest_size=16, key=key).digest()
+            inverse = bytes(255 - byte for byte in digest)
+            heapq.heappush(kept, (inverse, number, part))
+            size, number = size + len(content), number + 1
+            while size > max_bytes:
+                size -= len(heapq.heappop(kept)[2].encode())
+    return [part for _, _, part in sorted(kept, key=lambda entry: entry[1])]
+
+
+def train_tokenizer(
+    path: Paths | None,
+    out: str | Path,
+    vocab_size: int,
+    *,
+    model: str = "bpe",
+    byte_fallback: bool = True,
+    special_tokens: Sequence[str] = (),
+    max_bytes: int | None = None,
+    seed: int = 0,
+    field: str = "text",
+    form: str = "auto",
+) -> Tokenizer:
+    """Trains a tokenizer into the folder `out`, which appears whole or not at all.
+
+    Args:
+      path, field, form: the text, as for `sources.documents`.
+      out: the folder to make.
+      vocab_size: number of ids, special tokens included.
+      model: bpe, unigram or char of SentencePiece, or byte_level: GPT-2's kind.
+      byte_fallback, special_tokens: as for `train_sentencepiece`.
+      max_bytes: train on a `sample` of so many; None: on all, which is held in memory.
+      seed: of the sample.
+
+    Raises FileExistsError if `out` is there; ValueError and OSError as
+    `sources.documents`, `train_sentencepiece` and `train_byte_level_bpe`.
+    """
+    out = Path(out).absolute()
+    if out.exists():
+        raise FileExistsError(f"{out} exists already")
+    if model not in (allowed := (*SENTENCEPIECE_MODELS, "byte_level")):
+        raise ValueError(f"{model=} is not one of {', '.join(allowed)}")
+    check_seed(seed)
+    check_special_tokens(special_tokens)
+    texts: Iterable[str] = _texts(path, field, form)
+    if max_bytes is not None:
+        texts = sample(texts, max_bytes, seed)
+    tokenizer: Tokenizer
+    if model == "byte_level":
+        if not byte_fallback:
+            raise ValueError("byte_fallback=False: a byte-level BPE has nothing else")
+        tokenizer = train_byte_level_bpe(
+            texts, vocab_size, special_tokens=special_tokens
+        )
+    else:
+        tokenizer = train_sentencepiece(
+            texts,
+            vocab_size,
+            model_type=model,
+            byte_fallback=byte_fallback,
+            special_tokens=special_tokens,
+        )
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_tokenizer(tokenizer, partial)
+    partial.rename(out)
+    return tokenizer
+
+
+def _texts(path: Paths | None, field: str, form: str) -> Iterator[str]:
+    for document in sources.documents(path, field=field, form=form):
+        yield from document.texts()
+
+
+def _first(texts: Iterator[str], size: int) -> Iterator[str]:
+    """Texts, until about `size` characters have passed."""
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError if it is not one of 64 bits."""
+    if seed < 0:
+        raise ValueError(f"{seed=} is negative")
+    if seed >= 1 << 64:
+        raise ValueError(f"{seed=} is not less than 2**64")
