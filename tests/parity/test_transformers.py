@@ -53,24 +53,27 @@ def odd_shape(seed: int) -> dict:
     )
 
 
+def both_of_odd_shape(seed, folder):
+    model = theirs(seed, **odd_shape(seed), initializer_range=0.1)
+    model.save_pretrained(folder)
+    return model, gpt2_jax.load(folder)
+
+
+def odd_tokens(seed, lm, shape):
+    return np.random.default_rng(seed).integers(0, lm.config.vocab_size, shape)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_logits_of_odd_shapes(tmp_path, seed):
-    fields = odd_shape(seed)
-    model = theirs(seed, **fields, initializer_range=0.1)
-    model.save_pretrained(tmp_path)
-    lm = gpt2_jax.load(tmp_path)
-    shape = (2, fields["n_positions"])
-    tokens = np.random.default_rng(seed).integers(0, fields["vocab_size"], shape)
+    model, lm = both_of_odd_shape(seed, tmp_path)
+    tokens = odd_tokens(seed, lm, (2, lm.config.n_positions))
     check_logits(np.asarray(lm.logits(tokens)), logits_of(model, tokens))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_attention_of_odd_shapes(tmp_path, seed):
-    fields = odd_shape(seed)
-    model = theirs(seed, **fields, initializer_range=0.1)
-    model.save_pretrained(tmp_path)
-    lm = gpt2_jax.load(tmp_path)
-    ids = np.random.default_rng(seed).integers(0, fields["vocab_size"], 8)
+    model, lm = both_of_odd_shape(seed, tmp_path)
+    ids = odd_tokens(seed, lm, 8)
     with torch.no_grad():
         reference = model(torch.from_numpy(ids[None]), output_attentions=True)
     attention = np.concatenate([a.numpy() for a in reference.attentions])
