@@ -63,7 +63,9 @@ class Plan:
     mesh: dict[str, int]
     mfu: float  # assumed
     n_params: int
-    params_bytes: int  # and of the gradients
+    n_trained: int  # of them: all, or the adapters
+    params_bytes: int
+    gradient_bytes: int
     optimizer_bytes: int
     cache_bytes: int  # of a sequence as long as the context
     given: int  # microbatches that the config's batch is cut into
@@ -94,7 +96,14 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        return metrics.flops_per_token(self.model, self.n_params, self.cfg.block_size)
+        return metrics.flops_per_token(
+            self.model, self.n_params, self.cfg.block_size, per_param=self.per_param
+        )
+
+    @property
+    def per_param(self) -> int:
+        """FLOPs per token of a parameter: 4 where most have no gradient."""
+        return 6 if self.n_trained == self.n_params else 4
 
     @property
     def tokens_per_update(self) -> int:
@@ -117,7 +126,7 @@ class Plan:
     @property
     def optimizer_seconds(self) -> float:
         """Of an update, at least: gradients are read, the rest is read and written."""
-        moved = self.params_bytes + 2 * (self.params_bytes + self.optimizer_bytes)
+        moved = 3 * self.gradient_bytes + 2 * self.optimizer_bytes
         return moved / self.chip.bandwidth
 
 
@@ -164,6 +173,7 @@ def plan(
     model = model.clone(scan_layers=True)  # as on accelerators
     optimizer = make_optimizer(cfg.optim, cfg.steps)
     state = abstract_state(model, optimizer, mesh, cfg.adapters)
+    frozen = abstract_state(model, optimizer, mesh).params if cfg.adapters else {}
     trials: dict[int, Memory] = {}
 
     most = cfg.batch_size // sharding.n_batch_shards(mesh)
@@ -188,8 +198,10 @@ def plan(
         chip=chip,
         mesh=dict(mesh.shape),
         mfu=mfu,
-        n_params=count_params(state.params),
-        params_bytes=bytes_per_device(state.params),
+        n_params=count_params(state.params) + count_params(frozen),
+        n_trained=count_params(state.params),
+        params_bytes=bytes_per_device(state.params) + bytes_per_device(frozen),
+        gradient_bytes=bytes_per_device(state.params),
         optimizer_bytes=bytes_per_device(state.opt_state),
         cache_bytes=cache_bytes(model),
         given=given,
@@ -302,10 +314,13 @@ def render(plan: Plan) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     temporaries = plan.trials[plan.given].temporaries
     cache = size_of(plan.cache_bytes)
+    trained = ""
+    if plan.n_trained < plan.n_params:
+        trained = f", {plan.n_trained:,} of them trained"
     return f"""\
-parameters         {plan.n_params:,}
+parameters         {plan.n_params:,}{trained}
                    {N:,} = N without position embeddings
-FLOPs per token    {plan.flops_per_token:,} = 6N + 12LDT
+FLOPs per token    {plan.flops_per_token:,} = {plan.per_param}N + 12LDT
 tokens per update  {plan.tokens_per_update:,}
 run                {cfg.steps:,} updates, {plan.total_tokens:,} tokens
                    {total_flops:.3g} FLOPs
@@ -322,7 +337,7 @@ whole run          {time_of(plan.total_tokens / plan.tokens_per_second)}
 
 On each device
 parameters         {size_of(plan.params_bytes)}
-gradients          {size_of(plan.params_bytes)}
+gradients          {size_of(plan.gradient_bytes)}
 optimizer state    {size_of(plan.optimizer_bytes)}
 temporaries        {size_of(temporaries)}, gradients among them, as given
 KV cache           {cache} a sequence of {model.n_positions:,} tokens

@@ -301,13 +301,19 @@ def test_patience_counts_on_where_a_run_was_stopped(texts, tmp_path):
     assert end.step == 2 * (len(val_losses(tmp_path / "whole")) - 1)
 
 
-def test_a_run_of_examples(base, tmp_path, capfd):
-    """It learns to answer, at the place where the prompt ends."""
-    lines = [
-        {"prompt": f"{i % 5}: ", "completion": "abcde"[i % 5] * 3} for i in range(64)
-    ]
+LINES = [{"prompt": f"{i % 5}: ", "completion": "abcde"[i % 5] * 3} for i in range(64)]
+
+
+@pytest.fixture
+def examples(tmp_path):
     path = tmp_path / "examples.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def test_a_run_of_examples(base, examples, tmp_path):
+    """It learns to answer, at the place where the prompt ends."""
+    path = examples
     values = {
         **{**TUNE, "steps": 120, "optim__learning_rate": 0.03, "log_every": 40},
         **{"data__kind": "sft", "data__path": str(path), "eval__every": 120},
@@ -320,6 +326,22 @@ def test_a_run_of_examples(base, tmp_path, capfd):
     result, _ = evaluate_run(tmp_path / "run", "validation", batch_size=8)
     assert result.tokens == 4 * 3  # of 3 examples: three letters and the end
     assert result.loss == pytest.approx(val_losses(tmp_path / "run")[-1], rel=1e-5)
-    path.write_text(json.dumps(lines[0]))
+    path.write_text(json.dumps(LINES[0]))
     with pytest.raises(ValueError, match=r"jsonl has changed since this run began"):
         train(config(**values, init_from=str(base)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("lora__rank", [0, 2])
+def test_a_run_of_examples_goes_on_where_it_was_cut(
+    base, examples, tmp_path, lora__rank
+):
+    values = {**TUNE, "data__kind": "sft", "data__path": str(examples)}
+    values |= {"optim__schedule": "constant", "lora__rank": lora__rank}
+    values |= {"steps": 12, "init_from": str(base)}  # three epochs of 57 examples
+    train(config(**values), tmp_path / "whole")
+    train(config(**values | {"steps": 3}), tmp_path / "cut")
+    train(config(**values), tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert val_losses(tmp_path / "cut") == val_losses(tmp_path / "whole")
+    ours, theirs = (gpt2_jax.load(tmp_path / d).params for d in ("cut", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)

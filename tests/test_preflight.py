@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from foreign import hf_state, write_hf
 from gpt2_jax import preflight, sharding
 from gpt2_jax.chips import Chip, chip_named
 from gpt2_jax.model import GPT2, dtype_named
@@ -182,6 +183,29 @@ def test_the_program_is_that_of_the_training_loop(monkeypatch, tmp_path):
     state = abstract_state(model, optimizer, mesh)
     ahead = memory_of(compile_step(cfg, model, optimizer, state, mesh, 257))
     assert executed == [ahead]
+
+
+def test_adapters_of_another_model_and_examples(tmp_path):
+    """What is not trained is held and computed with, and has no gradient or moments."""
+    base = str(write_hf(tmp_path / "base"))  # 2 layers, 8 wide
+    values = {"init_from": base, "block_size": 8, "model__vocab_size": 0}
+    values["model__n_positions"] = 0  # the base's
+    whole = plan_of(**values)
+    n_params = sum(x.size for x in hf_state().values())
+    assert whole.n_trained == whole.n_params == n_params
+    found = plan_of(**values, lora__rank=2, data__kind="sft", data__path="x")
+    adapters = 2 * 2 * ((8 + 24) + (8 + 8) + (8 + 32) + (32 + 8))  # A and B
+    assert (found.n_params, found.n_trained) == (n_params + adapters, adapters)
+    assert found.params_bytes == 4 * (n_params + adapters)
+    assert found.gradient_bytes == 4 * adapters
+    # their two moments, and counters
+    assert 0 <= found.optimizer_bytes - 8 * adapters < 100
+    N = n_params + adapters - 8 * 8
+    assert found.flops_per_token == 4 * N + 12 * 2 * 8 * 8
+    assert found.trials[1].arguments > 4 * n_params
+    text = render(found)
+    assert f" {found.n_params:,}, {adapters:,} of them trained\n" in text
+    assert "= 4N + 12LDT" in text
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 12, 64, 96])

@@ -1,5 +1,6 @@
 """Runs of several processes on one machine, as several hosts would run them."""
 
+import json
 import os
 import re
 import shutil
@@ -64,6 +65,11 @@ def error_of(workdir: Path, i: int) -> str:
     return next((line for line in reversed(lines) if "error: " in line), "")
 
 
+def val_losses(workdir: Path) -> list[float]:
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [r["val_loss"] for r in records if "val_loss" in r]
+
+
 def ends(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
     deadline = time.monotonic() + seconds
     return [p.wait(max(1, deadline - time.monotonic())) for p in processes]
@@ -113,6 +119,41 @@ def test_processes_train_as_one_and_one_goes_on_from_them(alone, text, tmp_path,
         assert "resumed at step 15 of 24" in process.stdout
         for step, loss in losses(copy).items():
             assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "documents"])
+def test_processes_adapt_as_one(alone, text, tmp_path, kind):
+    """Adapters, examples or packed documents: each process reads its own rows."""
+    path = tmp_path / "examples.jsonl"
+    lines = [
+        {"prompt": f"{i}: ", "completion": "ab" * (i % 6 + 1), "text": f"{i} " * 9}
+        for i in range(99)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    key = "kind" if kind == "sft" else "packing"
+    args = [f"--config.data.{key}={kind}", f"--config.init_from={alone}"]
+    args += ["--config.lora.rank=2", "--config.data.tokenizer="]
+    args += ["--config.optim.learning_rate=0.01"]
+    for name, n in (("one", 1), ("two", 2)):
+        workdir = tmp_path / name
+        with job(n, workdir, *arguments(workdir, path), *args) as processes:
+            assert ends(processes) == [0] * n, error_of(workdir, 0)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 24
+    assert one.keys() == two.keys()
+    for step, loss in two.items():
+        assert loss == pytest.approx(one[step], rel=1e-5)
+    found = [
+        [
+            r["val_loss"]
+            for r in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "val_loss" in r
+        ]
+        for name in ("one", "two")
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[0][-1] < found[0][0]
 
 
 @pytest.mark.slow
