@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from gpt2_jax import distributed
+from gpt2_jax import distributed, sharding
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import Params, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
@@ -411,7 +411,13 @@ def checksums(tree: Any) -> dict[str, int]:
     with its index: any flipped bit changes it, and so does a swap or a shift.
     Integer sums don't depend on their order, so neither does it on the topology.
     """
-    sums = {_name(path): _checksum(x) for path, x in _leaves(tree)}
+    sums = {}
+    for path, x in _leaves(tree):
+        sums[_name(path)] = _checksum(x)
+        if sharding.on_cpu():
+            # Programs of all CPU devices at a time may each hold some of their threads
+            # and wait for the rest, without end.
+            sums[_name(path)].block_until_ready()
     return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from gpt2_jax.options import (
@@ -38,6 +39,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     # program is started from and gpt2_jax is installed.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     set_flags(os.environ)
+    # A cache, where one is named, is to hold the small programs too: there are many.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 

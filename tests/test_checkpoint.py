@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import Checkpoints, DamagedCheckpointError, checksums
@@ -168,6 +169,14 @@ def test_checksums_do_not_depend_on_sharding_and_take_all_dtypes():
     assert checksums(state.params) == checksums(alone)
     for dtype in (jnp.bfloat16, jnp.int32, jnp.bool_):
         assert checksums(jnp.ones((2, 2), dtype)) != checksums(jnp.zeros((2, 2), dtype))
+
+
+def test_checksums_of_many_arrays_on_many_devices_come_to_an_end():
+    """Programs of all CPU devices at a time wait for each other, until XLA aborts."""
+    spread = NamedSharding(make_mesh(1, 8, 1), PartitionSpec("fsdp"))
+    draw = np.random.default_rng(0).normal
+    tree = {i: jax.device_put(draw(size=(256, 512)), spread) for i in range(400)}
+    assert len(set(checksums(tree).values())) == 400
 
 
 def each_data_file(change):
