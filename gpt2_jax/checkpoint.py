@@ -226,7 +226,9 @@ def find_step(path: Path, step: int | str | None = None) -> Path:
 
 
 def latest_sound(
-    folder: Path, abstract: Any, check: Callable[[Path, Contract], None]
+    folder: Path,
+    abstract: Callable[[], Any],
+    check: Callable[[Path, Contract], None],
 ) -> tuple[Contract, Any] | None:
     """Contract and arrays of the latest step in `folder` that isn't damaged.
 
@@ -234,7 +236,7 @@ def latest_sound(
     All processes of a job call it together, and take the same step.
 
     Args:
-      abstract: as of `restore`.
+      abstract: gives that of `restore`; called where there is a checkpoint.
       check: is called with a step's folder and contract before its arrays are read.
 
     Returns:
@@ -257,7 +259,7 @@ def latest_sound(
             assert contract is not None
             check(step_folder, contract)
             try:
-                return contract, restore(step_folder, abstract)
+                return contract, restore(step_folder, abstract())
             except DamagedCheckpointError as e:
                 error = e
         distributed.first_alone(partial(_set_aside, step_folder, aside, error))

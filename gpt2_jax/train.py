@@ -315,9 +315,12 @@ def resume(
       DamagedCheckpointError: when each of them is damaged.
       ValueError: when it is of another model or tokenizer, or has gone further.
     """
-    unstacked = model.clone(scan_layers=False)
-    saved = abstract_state(unstacked, optimizer, mesh, cfg.adapters)
-    abstract = checkpoint.as_tree(saved)
+
+    def abstract() -> dict[str, Any]:
+        unstacked = model.clone(scan_layers=False)
+        state = abstract_state(unstacked, optimizer, mesh, cfg.adapters)
+        return checkpoint.as_tree(state)
+
     check = partial(_check_contract, cfg, model, tokenizer)
     found = checkpoint.latest_sound(folder, abstract, check)
     if found is None:

@@ -249,7 +249,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(
     def check(step_folder, contract):
         seen.append((step_folder.name, contract.step))
 
-    contract, tree = checkpoint.latest_sound(folder, abstract, check)
+    contract, tree = checkpoint.latest_sound(folder, lambda: abstract, check)
     assert contract.step == 3
     assert seen[-1] == ("3", 3)
     expected = checkpoint.as_tree(a_state(mesh, 3))
@@ -262,7 +262,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(
     assert note.endswith(f"it is now {tmp_path / 'damaged/5'}")
     # and a run that goes on from there saves step 5 again
     save(folder, a_state(mesh, 5))
-    assert checkpoint.latest_sound(folder, abstract, check)[0].step == 5
+    assert checkpoint.latest_sound(folder, lambda: abstract, check)[0].step == 5
 
 
 def test_an_older_step_that_lacks_a_part_is_set_aside_too(two_steps, tmp_path):
@@ -271,7 +271,7 @@ def test_an_older_step_that_lacks_a_part_is_set_aside_too(two_steps, tmp_path):
     shutil.rmtree(folder / "3/tokenizer")
     mesh = make_mesh(8, 1, 1)
     abstract = checkpoint.as_tree(abstract_state(GPT2(TINY), OPTIMIZER, mesh))
-    contract, _ = checkpoint.latest_sound(folder, abstract, lambda *_: None)
+    contract, _ = checkpoint.latest_sound(folder, lambda: abstract, lambda *_: None)
     assert contract.step == 5
     assert (tmp_path / "damaged/3").is_dir()
     save(folder, a_state(mesh, 6))  # Orbax finds its way
@@ -285,9 +285,9 @@ def test_nothing_is_begun_anew_when_no_step_is_sound(two_steps, tmp_path):
         shutil.rmtree(folder / step / "meta")
     for _ in range(2):
         with pytest.raises(DamagedCheckpointError, match="no sound checkpoint is left"):
-            checkpoint.latest_sound(folder, {}, lambda *_: None)
+            checkpoint.latest_sound(folder, dict, lambda *_: None)
     assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["3", "5"]
-    assert checkpoint.latest_sound(tmp_path / "a/b", {}, lambda *_: None) is None
+    assert checkpoint.latest_sound(tmp_path / "a/b", dict, lambda *_: None) is None
 
 
 def test_numbers_that_orbax_restores_wrong_are_caught(saved, tmp_path):
