@@ -117,6 +117,8 @@ def train(
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     tokenizer, data = distributed.first_alone(lambda: open_data(cfg, workdir, source))
+    if cfg.eval.patience and "validation" not in data:
+        raise ValueError(f"eval.patience={cfg.eval.patience} needs a validation split")
     if source is not None:
         finetune.check_tokenizer(tokenizer, source.tokenizer)
     base = source.config if source else begun.model if begun else None
@@ -410,10 +412,6 @@ class _Run:
         self.best: Best | None = None
         self.base: Params | None = None  # what the params of a state are adapters of
         self.base_said: Mapping[str, Any] | None = None
-        if cfg.eval.patience and self.validation is None:
-            raise ValueError(
-                f"eval.patience={cfg.eval.patience} needs a validation split"
-            )
         self._clock: float | None = None  # when the last step was seen to end
         self._began: tuple[int, float] | None = None  # the first, and when it ended
 
