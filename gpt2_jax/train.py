@@ -498,7 +498,7 @@ class _Run:
         )
         peak, source = metrics.peak_flops(self.model.dtype)
         self._peak = peak * self.mesh.size
-        self._schedule = optim.schedule(cfg.optim, cfg.steps)
+        self._schedule = jax.jit(optim.schedule(cfg.optim, cfg.steps))
         self._schedule(start)  # compiles it, before steps are timed
         self._shown = {"loss": "-"}  # beside the bar
         # tokens, seconds and those waited for data, of the steps since the last record
