@@ -14,7 +14,7 @@ import runpy
 import tempfile
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from gpt2_jax.metrics import read_metrics
 from gpt2_jax.train import train
@@ -56,6 +56,7 @@ def losses(
 
 
 def main(_: list[str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # Orbax says much
     rows = []
     for seed in map(int, _SEEDS.value):
         with tempfile.TemporaryDirectory() as name:
