@@ -12,6 +12,7 @@ import pytest
 from gpt2_jax import explain
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2, attention_weights
+from gpt2_jax.sharding import make_mesh, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
 from gpt2_jax.weights import quantize
 from shapes import TINY, random_params
@@ -51,6 +52,18 @@ class Page(HTMLParser):
     @property
     def data(self):
         return json.loads(self.scripts[0])
+
+
+def test_on_a_mesh(lm, explained):
+    mesh = make_mesh(2, 1, 4)
+    placed = jax.device_put(lm.params, tree_shardings(lm.params, mesh))
+    spread = dataclasses.replace(lm, params=placed, mesh=mesh)
+    found = spread.explain(TEXT, top_k=5)
+    for name in ("logprobs", "entropies", "attention"):
+        # the same sums in float32, in another order
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(explained, name), rtol=0, atol=1e-5
+        )
 
 
 def test_probabilities_are_those_of_the_logits(lm, explained):
