@@ -176,8 +176,8 @@ def test_layers_may_be_scanned_or_not_from_one_call_of_a_run_to_the_next(
     text.write_text("To be, or not to be, that is the question. " * 99)
 
     def run(workdir, steps, scan_layers):
-        def make(*args):
-            return make_model(*args).clone(scan_layers=scan_layers)
+        def make(*args, **kwargs):
+            return make_model(*args, **kwargs).clone(scan_layers=scan_layers)
 
         monkeypatch.setattr(train_module, "make_model", make)
         cfg = config(
