@@ -12,9 +12,8 @@ start of a character. As soon as there are files of many documents, whose number
 sizes nobody knows beforehand, the documents keep their order and the hash of seed and
 text decides the split of each. The end-of-text token follows each document's end.
 
-The folder is written beside as `<out>.partial` and renamed when it is complete. Its
-state.json says how far every shard has been written to the disk, and where in the text
-that is: a run that was killed goes on from there, to the same bytes.
+The folder is written beside as `<out>.partial`, from which a run that was killed goes
+on to the same bytes (`workplace`), and renamed when it is complete.
 """
 
 import contextlib

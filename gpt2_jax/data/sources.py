@@ -351,7 +351,8 @@ def _reading(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file or folder: {url}") from None
-    except Exception as error:  # each store's client raises its own
+    # botocore's, aiohttp's, gcsfs's errors, and others': they have no base in common.
+    except Exception as error:
         raise OSError(f"{url} can't be read: {error}") from error
 
 
