@@ -1,14 +1,16 @@
 """Cross-entropy that never holds the logits of a whole batch.
 
 The vocabulary is the widest axis of a GPT-2 by far: logits [B, T, V] in float32 may
-take more memory than all else in a training step. Here they are made for a chunk of
-the tokens of each row at a time, and so is their gradient, in the same pass.
+take more memory than all else in a training step. Where there is a gradient, they are
+made for a chunk of the tokens of each row at a time, and so is their gradient, in the
+same pass; else for all tokens, and a part of the vocabulary at a time.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -25,10 +27,27 @@ def chunk_bytes() -> int:
     return 2**27 if on_cpu() else 2**29
 
 
-def chunk_tokens(B: int, T: int, V: int, n_bytes: int | None = None) -> int:
+def chunk_tokens(B: int, T: int, V: int) -> int:
     """Tokens of a row that are gone through at a time: all T, or a power of 2."""
-    most = max(1, (n_bytes or chunk_bytes()) // (4 * B * V))
-    return T if T <= most else 2 ** (most.bit_length() - 1)
+    return _all_or_power_of_two(T, chunk_bytes() // (4 * B * V))
+
+
+LEAST = np.finfo(np.float32).min  # finite: less itself it is 0
+MIN_PART = 512  # of the vocabulary: products by fewer rows are slower
+
+
+def part_of_vocabulary(M: int, V: int) -> int:
+    """Rows of the embedding that M tokens are multiplied by at a time: all, or a power
+    of 2.
+
+    On a CPU so few that logits stay in its caches from product to sum.
+    """
+    n_bytes = 2**22 if jax.default_backend() == "cpu" else chunk_bytes()
+    return _all_or_power_of_two(V, max(MIN_PART, n_bytes // (4 * M)))
+
+
+def _all_or_power_of_two(n: int, most: int) -> int:
+    return n if n <= most else 2 ** (max(1, most).bit_length() - 1)
 
 
 def summed_cross_entropy(
@@ -76,15 +95,18 @@ def _check_n_valid(n_valid: int | None, V: int) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _loss(variables, constants, n_valid, mesh):
-    return _over_mesh(variables, constants, n_valid, mesh, differentiate=False)[0]
+    scale_V, targets_BT, mask_BT = constants
+    logprob_BT, _ = token_log_probs(
+        *(*variables, targets_BT), scale_V=scale_V, n_valid=n_valid, mesh=mesh
+    )
+    return -logprob_BT.sum(where=mask_BT)
 
 
 def _forward(variables, constants, n_valid, mesh):
-    if constants[0] is not None:
+    scale_V, *of_targets = constants
+    if scale_V is not None:
         raise ValueError("an int8 embedding has no gradient")
-    loss, *gradients = _over_mesh(
-        variables, constants, n_valid, mesh, differentiate=True
-    )
+    loss, *gradients = _over_mesh(variables, of_targets, n_valid, mesh)
     return loss, tuple(gradients)
 
 
@@ -95,17 +117,17 @@ def _backward(n_valid, mesh, gradients, dloss):
 _loss.defvjp(_forward, _backward)
 
 
-def _over_mesh(variables, constants, n_valid, mesh, differentiate):
-    """Loss, and its gradients by hidden states and embedding, or None for both."""
-    each = partial(_over_chunks, n_valid=n_valid, differentiate=differentiate)
+def _over_mesh(variables, of_targets, n_valid, mesh):
+    """Loss, and its gradients by hidden states and embedding."""
+    each = partial(_over_chunks, n_valid=n_valid)
     if mesh is None:
-        return each(variables, constants, tensor=1)
+        return each(variables, of_targets, tensor=1)
     each = partial(each, tensor=mesh.shape["tensor"])
     if n_batch_shards(mesh) == 1:
-        return each(variables, constants)
+        return each(variables, of_targets)
 
-    def part(variables, constants):
-        loss, dhidden_BTD, dembedding_VD = each(variables, constants)
+    def part(variables, of_targets):
+        loss, dhidden_BTD, dembedding_VD = each(variables, of_targets)
         loss, dembedding_VD = jax.lax.psum((loss, dembedding_VD), BATCH)
         return loss, dhidden_BTD, dembedding_VD
 
@@ -114,21 +136,19 @@ def _over_mesh(variables, constants, n_valid, mesh, differentiate):
     spread = jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=((rows, whole), (whole, rows, rows)),
+        in_specs=((rows, whole), rows),
         out_specs=(whole, rows, whole),
         axis_names=set(BATCH),
         check_vma=False,
     )
     # Only within jit can an axis be left.
-    return jax.jit(spread)(variables, constants)
+    return jax.jit(spread)(variables, of_targets)
 
 
-def _over_chunks(variables, constants, n_valid, tensor, differentiate):
+def _over_chunks(variables, of_targets, n_valid, tensor):
     """As `_over_mesh`, of one part of the batch."""
     hidden_BTD, embedding_VD = variables
-    scale_V, targets_BT, mask_BT = constants
-    if scale_V is None:
-        embedding_VD = embedding_VD.astype(hidden_BTD.dtype)
+    embedding_VD = embedding_VD.astype(hidden_BTD.dtype)
     B, T, _ = hidden_BTD.shape
     size = chunk_tokens(B, T, embedding_VD.shape[0] // tensor)
 
@@ -136,74 +156,57 @@ def _over_chunks(variables, constants, n_valid, tensor, differentiate):
         take = partial(
             jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
         )
-        tokens = jax.tree.map(take, (hidden_BTD, targets_BT, mask_BT))
-        return _chunk(tokens, embedding_VD, scale_V, n_valid, differentiate)
+        tokens = jax.tree.map(take, (hidden_BTD, *of_targets))
+        return _chunk(tokens, embedding_VD, n_valid)
 
     def add(total, start, size):
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         loss, dhidden_BTD, dembedding_VD = chunk(start, size)
         return (
             total[0] + loss,
-            jax.tree.map(put, total[1], dhidden_BTD),
-            jax.tree.map(jnp.add, total[2], dembedding_VD),
+            put(total[1], dhidden_BTD),
+            total[2] + dembedding_VD,
         )
 
     if size == T:
         total = chunk(0, T)
     else:
-        total = jnp.zeros(()), None, None
-        if differentiate:
-            zeros_VD = jnp.zeros(embedding_VD.shape)
-            total = jnp.zeros(()), jnp.zeros_like(hidden_BTD), zeros_VD
+        zeros_VD = jnp.zeros(embedding_VD.shape)
+        total = jnp.zeros(()), jnp.zeros_like(hidden_BTD), zeros_VD
         total = jax.lax.fori_loop(
             0, T // size, lambda i, total: add(total, i * size, size), total
         )
         if T % size:
             total = add(total, T - T % size, T % size)
     loss, dhidden_BTD, dembedding_VD = total
-    if differentiate:
-        dembedding_VD = dembedding_VD.astype(variables[1].dtype)
-    return loss, dhidden_BTD, dembedding_VD
+    return loss, dhidden_BTD, dembedding_VD.astype(variables[1].dtype)
 
 
-def _chunk(tokens, embedding_VD, scale_V, n_valid, differentiate):
+def _chunk(tokens, embedding_VD, n_valid):
     """As `_over_mesh`, of tokens whose logits are held at once; sums in float32."""
     hidden_BTD, targets_BT, mask_BT = tokens
-    hidden_MD = hidden_BTD.reshape(-1, embedding_VD.shape[1])
-    exp_MV, sum_M1, is_target_MV, target_M1 = _softmax(
-        hidden_MD, embedding_VD, scale_V, targets_BT.reshape(-1, 1), n_valid
-    )
+    V, D = embedding_VD.shape
+    hidden_MD, targets_M1 = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1, 1)
+    logits_MV = _product(hidden_MD, embedding_VD, (1, 1))
+    if n_valid is not None:
+        logits_MV = jnp.where(jnp.arange(V) < n_valid, logits_MV, -jnp.inf)
+    logits_MV -= logits_MV.max(-1, keepdims=True)
+    exp_MV = jnp.exp(logits_MV)
+    sum_M1 = exp_MV.sum(-1, keepdims=True)
+    # Compared rather than indexed: so each device looks at its own part of the row.
+    is_target_MV = jnp.arange(V) == targets_M1
+    target_M1 = jnp.where(is_target_MV, logits_MV, 0).sum(-1, keepdims=True)
     nll_M1 = jnp.log(sum_M1) - target_M1
     dlogits_MV = exp_MV / sum_M1 - is_target_MV
     if mask_BT is not None:
         mask_M1 = mask_BT.reshape(-1, 1)
         nll_M1 = jnp.where(mask_M1, nll_M1, 0)
         dlogits_MV = jnp.where(mask_M1, dlogits_MV, 0)
-    if not differentiate:
-        return nll_M1.sum(), None, None
     dlogits_MV = dlogits_MV.astype(hidden_BTD.dtype)
     dhidden_MD = _product(dlogits_MV, embedding_VD, (1, 0))
     dembedding_VD = _product(dlogits_MV, hidden_MD, (0, 0))
     dhidden_BTD = dhidden_MD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
     return nll_M1.sum(), dhidden_BTD, dembedding_VD
-
-
-def _softmax(hidden_MD, embedding_VD, scale_V, targets_M1, n_valid):
-    """Of logits less the greatest of their row: exponentials, the sum of these, which
-    is the target's, and the target's own."""
-    V = embedding_VD.shape[0]
-    if scale_V is None:
-        logits_MV = _product(hidden_MD, embedding_VD, (1, 1))
-    else:
-        logits_MV = project_rows(hidden_MD, embedding_VD, scale_V)
-    if n_valid is not None:
-        logits_MV = jnp.where(jnp.arange(V) < n_valid, logits_MV, -jnp.inf)
-    logits_MV -= logits_MV.max(-1, keepdims=True)
-    exp_MV = jnp.exp(logits_MV)
-    # Compared rather than indexed: so each device looks at its own part of the row.
-    is_target_MV = jnp.arange(V) == targets_M1
-    target_M1 = jnp.where(is_target_MV, logits_MV, 0).sum(-1, keepdims=True)
-    return exp_MV, exp_MV.sum(-1, keepdims=True), is_target_MV, target_M1
 
 
 def _product(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -230,56 +233,56 @@ def token_log_probs(
     """
     V = embedding_VD.shape[0]
     _check_n_valid(n_valid, V)
-    n_valid = None if n_valid == V else n_valid
-    each = partial(_log_probs_over_chunks, n_valid=n_valid)
-    operands = hidden_BTD, embedding_VD, scale_V, targets_BT
+    each = partial(_over_vocabulary, n_valid=None if n_valid == V else n_valid)
     if mesh is None:
-        return each(*operands, tensor=1)
-    each = partial(each, tensor=mesh.shape["tensor"])
-    if n_batch_shards(mesh) == 1:
-        return each(*operands)
-    rows, whole = P(BATCH), P()
+        return each(hidden_BTD, embedding_VD, targets_BT, scale_V)
+    rows, vocabulary = P(BATCH), P("tensor")
     spread = jax.shard_map(
-        each,
+        partial(each, axis="tensor"),
         mesh=mesh,
-        in_specs=(rows, whole, whole, rows),
+        in_specs=(rows, vocabulary, rows, vocabulary),
         out_specs=rows,
-        axis_names=set(BATCH),
         check_vma=False,
     )
-    return jax.jit(spread)(*operands)
+    return spread(hidden_BTD, embedding_VD, targets_BT, scale_V)
 
 
-def _log_probs_over_chunks(
-    hidden_BTD, embedding_VD, scale_V, targets_BT, n_valid, tensor
-):
-    if scale_V is None:
-        embedding_VD = embedding_VD.astype(hidden_BTD.dtype)
+def _over_vocabulary(hidden_BTD, embedding_VD, targets_BT, scale_V, n_valid, axis=None):
+    """Of one part of the batch; `axis`: over which the vocabulary is spread."""
     B, T, D = hidden_BTD.shape
-    # On a CPU the sums over logits are faster the nearer these still are.
-    n_bytes = chunk_bytes() // 4 if jax.default_backend() == "cpu" else None
-    size = chunk_tokens(B, T, embedding_VD.shape[0] // tensor, n_bytes)
+    V = embedding_VD.shape[0]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * V
+    hidden_MD, targets_M1 = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1, 1)
+    size = part_of_vocabulary(B * T, V)
 
-    def put(start, size, whole):
-        take = partial(
-            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
-        )
-        _, sum_M1, _, target_M1 = _softmax(
-            take(hidden_BTD).reshape(-1, D),
-            embedding_VD,
-            scale_V,
-            take(targets_BT).reshape(-1, 1),
-            n_valid,
-        )
-        chunk = (target_M1 - jnp.log(sum_M1), target_M1 >= 0)
-        return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(
-                x, new.reshape(B, size), start, axis=1
-            ),
-            whole,
-            chunk,
-        )
+    def add(start, size, so_far):
+        """The sum is of exponentials of logits less the greatest so far."""
+        greatest_M, sum_M, target_M = so_far
+        take = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        rows_ND = take(embedding_VD)
+        if scale_V is None:
+            rows_ND = rows_ND.astype(hidden_MD.dtype)
+            logits_MN = _product(hidden_MD, rows_ND, (1, 1))
+        else:
+            logits_MN = project_rows(hidden_MD, rows_ND, take(scale_V))
+        id_N = first + start + jnp.arange(size)
+        if n_valid is not None:
+            logits_MN = jnp.where(id_N < n_valid, logits_MN, LEAST)
+        before_M, greatest_M = greatest_M, jnp.maximum(greatest_M, logits_MN.max(1))
+        sum_M *= jnp.exp(before_M - greatest_M)
+        sum_M += jnp.exp(logits_MN - greatest_M[:, None]).sum(1)
+        target_M += jnp.where(id_N == targets_M1, logits_MN, 0).sum(1)
+        return greatest_M, sum_M, target_M
 
-    whole = jnp.zeros((B, T)), jnp.zeros((B, T), bool)
-    whole = jax.lax.fori_loop(0, T // size, lambda i, x: put(i * size, size, x), whole)
-    return put(T - T % size, T % size, whole) if T % size else whole
+    total = jnp.full(B * T, LEAST), jnp.zeros(B * T), jnp.zeros(B * T)
+    total = jax.lax.fori_loop(0, V // size, lambda i, x: add(i * size, size, x), total)
+    if V % size:
+        total = add(V - V % size, V % size, total)
+    greatest_M, sum_M, target_M = total
+    if axis is not None:
+        of_all_M = jax.lax.pmax(greatest_M, axis)
+        sum_M *= jnp.exp(greatest_M - of_all_M)
+        sum_M, target_M = jax.lax.psum((sum_M, target_M), axis)
+        greatest_M = of_all_M
+    logprob_M = target_M - greatest_M - jnp.log(sum_M)
+    return tuple(x.reshape(B, T) for x in (logprob_M, target_M >= greatest_M))

@@ -80,7 +80,11 @@ def sliding_rows(
 
 WINDOW = 512  # tokens, where nothing is longer
 MIN_WINDOW = 32
-TOKENS = 2**15  # of all windows that go through an accelerator together
+
+
+def _tokens() -> int:
+    """Of all windows that go through a device together."""
+    return 2**10 if on_cpu() else 2**15
 
 
 def score_rows(
@@ -121,8 +125,7 @@ def score_rows(
     for T, is_long in ((limit, True), (short, False)):
         held = [s for s in stems if (s.length > short) == is_long]
         packed = pack([stem.length for stem in held], T)
-        B = batch_size or (1 if on_cpu() else TOKENS // T)
-        B = max(1, min(B, len(packed)))
+        B = max(1, min(batch_size or _tokens() // T, len(packed)))
         shards = 1 if mesh is None else sharding.n_batch_shards(mesh)
         B = -(-B // shards) * shards
         for first in range(0, len(packed), B):
@@ -158,9 +161,10 @@ class _Place(NamedTuple):
 
 def _stems(rows: Sequence[Row], limit: int) -> list[_Stem]:
     """What does not fit into `limit` tokens is cut into several."""
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[bytes | int, list[int]] = {}
     for i, (ids, n) in enumerate(rows):
-        groups.setdefault(np.asarray(ids[: -n - 1], np.int64).tobytes(), []).append(i)
+        before = np.asarray(ids[: -n - 1], np.int64).tobytes()
+        groups.setdefault(before or i, []).append(i)  # nothing is nothing in common
     stems = []
     for group in groups.values():
         n_before = _n_before(rows[group[0]])

@@ -139,7 +139,7 @@ def test_rows_share_a_window_and_what_they_begin_with(lm, monkeypatch):
     seen.clear()
     # 50 tokens before, and four times 10 that are scored, in windows of 64
     many = lm.logprobs("z" * 51, [c * 10 for c in "abcd"])
-    assert [held for _, held in seen] == [[60]] * 4
+    assert [held for _, held in seen] == [[60] * 4]
     check(lm, many[3], list(b"z" * 51 + b"d" * 10), 10)
 
 
