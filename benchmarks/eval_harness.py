@@ -5,11 +5,12 @@ python benchmarks/eval_harness.py --peers=PYTHON
 PYTHON is an interpreter with this repository's extra `eval` and lm_eval[hf], for both.
 Weights are random, of GPT-2's shape and vocabulary, in float32; the documents are text
 that every Python installation carries: sentences that go on in one of four ways
-(choice, as HellaSwag), their last words (last_word, as LAMBADA), and pages (rolling,
-as WikiText). The harness builds the requests; what is timed is the model's method over
-all of them, for the second time: programs are compiled, torch is warm. Then each of
-the batch sizes is tried, and the best counts. A round starts a process a contestant, in
-turn. Log-likelihoods are compared, too.
+(choice, as HellaSwag), their last words (last_word, as LAMBADA), pages (rolling, as
+WikiText), and 24 tokens of an answer (until, as GSM8K). The harness builds the
+requests; what is timed is the model's method over all of them, for the second time:
+programs are compiled, torch is warm. Then each of the batch sizes is tried, and the
+best counts. A round starts a process a contestant, in turn. Responses are compared,
+too.
 """
 
 import json
@@ -27,7 +28,7 @@ _FOLDER = flags.DEFINE_string("folder", "/tmp/bench/lm_eval", "Of model and docu
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes of each contestant, in turn.")
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores and threads of a process.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 64, "Of a task.")
-_ONLY = flags.DEFINE_list("only", ["choice", "last_word", "rolling"], "Tasks.")
+_ONLY = flags.DEFINE_list("only", ["choice", "last_word", "rolling", "until"], "Tasks.")
 _WORKER = flags.DEFINE_string("worker", None, "(Internal) runs this contestant.")
 
 BATCH_SIZES = {"gpt2_jax": ["auto"], "hf": [1, 8]}
@@ -73,7 +74,7 @@ def work(name: str, folder: Path) -> None:
     for size in BATCH_SIZES[name]:
         args = {argument: str(folder / "model")}
         lm = get_model(name)(**args, batch_size=size, device="cpu")
-        for method in ("loglikelihood", "loglikelihood_rolling"):
+        for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(lm, method, timed(getattr(lm, method)))
         for task in _ONLY.value:
             manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -82,7 +83,7 @@ def work(name: str, folder: Path) -> None:
             )
             results.setdefault(task, {})[str(size)] = timed.seconds
             responses[task] = [
-                r[0] if task == "rolling" else r[0][0]
+                r[0] if task in ("rolling", "until") else r[0][0]
                 for s in out["samples"][task]
                 for r in s["resps"]
             ]
@@ -124,6 +125,7 @@ def main(_: list[str]) -> None:
     ratios: dict[str, list[float]] = {}
     for _round in range(_ROUNDS.value):
         found = {name: start(name) for name in BATCH_SIZES}
+        totals = dict.fromkeys(BATCH_SIZES, 0.0)
         for task in _ONLY.value:
             best = {}
             for name, result in found.items():
@@ -131,10 +133,16 @@ def main(_: list[str]) -> None:
                 size = min(seconds, key=seconds.get)
                 best[name] = seconds[size]
                 print(f"{task:10} {name:9} batch {size:5} {seconds[size]:8.2f} s")
+                totals[name] += seconds[size]
             ratios.setdefault(task, []).append(best["hf"] / best["gpt2_jax"])
             pairs = zip(*(r["responses"][task] for r in found.values()), strict=True)
-            off = max(abs(a - b) / max(1, abs(b) / 1e3) for a, b in pairs)
-            print(f"{task:10} ratio {ratios[task][-1]:.2f}, off by {off:.1e} at most")
+            if task == "until":
+                differ = f"{sum(a != b for a, b in pairs)} texts differ"
+            else:
+                off = max(abs(a - b) / max(1, abs(b) / 1e3) for a, b in pairs)
+                differ = f"off by {off:.1e} at most"
+            print(f"{task:10} ratio {ratios[task][-1]:.2f}, {differ}", flush=True)
+        ratios.setdefault("all", []).append(totals["hf"] / totals["gpt2_jax"])
     for task, values in ratios.items():
         listed = " ".join(f"{x:.2f}" for x in values)
         print(f"{task:10} {listed}; median {statistics.median(values):.2f}")

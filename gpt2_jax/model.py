@@ -50,7 +50,7 @@ from gpt2_jax.attention import (
 )
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.sharding import BATCH, constrain, on_cpu
+from gpt2_jax.sharding import BATCH, constrain, has_matrix_unit, on_cpu
 
 Params = dict[str, Any]
 LAYER, STACKED = "h_", "h"
@@ -116,6 +116,8 @@ def _dot(x: jax.Array, kernel: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 FEW_ROWS = 64
 BY_ROW = Layout(major_to_minor=(0, 1))
+BY_BLOCK = Layout(major_to_minor=(0, 1, 2))
+BLOCK = 2**24  # weights
 
 
 def project_rows(
@@ -123,9 +125,7 @@ def project_rows(
 ) -> jax.Array:
     """Float32 [M, O] of x and a weight (taken in the dtype of x), inputs along rows.
 
-    So weights stream at the speed of memory when rows are few. XLA:CPU is held to it:
-    weight first, all factors row by row, and in less than 32 bits two rows at least;
-    what it would choose by itself is up to 15 times slower.
+    So weights stream at the speed of memory when rows are few.
 
     An int8 weight is multiplied by rows that are rounded to int8 too, each by its own
     greatest value: a product of integers. Source: LLM.int8(),
@@ -143,11 +143,7 @@ def project_rows(
         step_M1 = jnp.maximum(step_M1, jnp.finfo(jnp.float32).tiny)
         x_MI, dtype = jnp.round(x_MI / step_M1).astype(jnp.int8), jnp.int32
     if M <= FEW_ROWS and on_cpu():
-        if M == 1 and x_MI.dtype.itemsize < 4:
-            x_MI = jnp.concatenate([x_MI, x_MI])
-        x_IM = with_layout_constraint(x_MI.T, BY_ROW)
-        y_OM = jnp.matmul(weight_OI, x_IM, preferred_element_type=dtype)
-        y_MO = with_layout_constraint(y_OM, BY_ROW)[:, :M].T
+        y_MO = _stream(x_MI, weight_OI, dtype)
     else:
         y_MO = jax.lax.dot_general(
             x_MI, weight_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype
@@ -155,6 +151,41 @@ def project_rows(
     if scale_O is None:
         return y_MO
     return y_MO.astype(jnp.float32) * step_M1 * scale_O
+
+
+def _stream(x_MI: jax.Array, weight_OI: jax.Array, dtype: Any) -> jax.Array:
+    """[M, O] of few rows, in a form that XLA:CPU reads at the speed of memory.
+
+    That is weight first, all factors row by row, in less than 32 bits two rows at
+    least, and no more than `BLOCK` weights at once (of int8, jax >= 0.11). What XLA
+    would choose by itself is up to 15 times slower. One row of bfloat16 is a sum of
+    products, where no unit for products of matrices is at hand.
+    """
+    M, (n_out, n_in) = len(x_MI), weight_OI.shape
+    if M == 1 and x_MI.dtype == jnp.bfloat16 and not has_matrix_unit():
+        # Together, lest the weight is widened once, before the loop over the tokens.
+        x_MI, weight_OI = jax.lax.optimization_barrier((x_MI, weight_OI))
+        return (weight_OI.astype(dtype) * x_MI.astype(dtype)).sum(1)[None]
+    if M == 1 and x_MI.dtype.itemsize < 4:
+        x_MI = jnp.concatenate([x_MI, x_MI])
+    x_IM = with_layout_constraint(x_MI.T, BY_ROW)
+    n = _n_blocks(n_out, n_in)
+    if n > 1:
+        weight_NOI = weight_OI.reshape(n, -1, n_in)
+        x_NIM = jnp.broadcast_to(x_IM, (n, *x_IM.shape))
+        x_NIM = with_layout_constraint(x_NIM, BY_BLOCK)
+        y_NOM = jnp.matmul(weight_NOI, x_NIM, preferred_element_type=dtype)
+        y_OM = with_layout_constraint(y_NOM, BY_BLOCK).reshape(n_out, -1)
+    else:
+        y_OM = jnp.matmul(weight_OI, x_IM, preferred_element_type=dtype)
+        y_OM = with_layout_constraint(y_OM, BY_ROW)
+    return y_OM[:, :M].T
+
+
+def _n_blocks(n_out: int, n_in: int) -> int:
+    """The fewest equal blocks of rows of at most `BLOCK` weights; 1 if 64 are few."""
+    fits = (n for n in range(1, 65) if n_out % n == 0 and n_out // n * n_in <= BLOCK)
+    return next(fits, 1)
 
 
 def _project_forward(x, kernel, n_in):

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,18 @@ _for_accelerators = ContextVar("_for_accelerators", default=False)
 def on_cpu() -> bool:
     """Whether what is being traced will run on CPUs, on which other forms are fast."""
     return jax.default_backend() == "cpu" and not _for_accelerators.get()
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 in a unit for that: Intel's AMX.
+
+    Known on Linux alone; elsewhere False.
+    """
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 @contextmanager

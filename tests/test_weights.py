@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax import sharding
+from gpt2_jax import model, sharding
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import FEW_ROWS, GPT2, project_rows
 from gpt2_jax.weights import check_dtype, model_of, quantize, turned
@@ -70,14 +70,38 @@ def test_the_product_is_that_of_rows_and_channels_rounded_to_int8(n_rows):
 
 
 @N_ROWS
+@pytest.mark.parametrize("has_unit", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_turned_weight_gives_the_same_product(n_rows, dtype):
+def test_a_turned_weight_gives_the_same_product(n_rows, dtype, has_unit, monkeypatch):
+    monkeypatch.setattr(model, "has_matrix_unit", lambda: has_unit)
     x = jnp.asarray(RNG.normal(size=(n_rows, 12)), dtype)
     weight = jnp.asarray(RNG.normal(size=(6, 12)), dtype)
     out = project_rows(x, weight)
     assert out.dtype == jnp.float32
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     np.testing.assert_allclose(out, expected, atol=1e-5)  # sums of 12 in float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("n_rows", [1, 2, 5])
+def test_a_large_weight_goes_by_blocks_to_the_same_product(n_rows, dtype, monkeypatch):
+    x = jnp.asarray(RNG.normal(size=(n_rows, 12)), jnp.float32)
+    weight = jnp.asarray(RNG.integers(-127, 128, (6, 12))).astype(dtype)
+    scale = jnp.ones(6) if dtype == jnp.int8 else None
+    x = x if dtype == jnp.int8 else x.astype(dtype)
+    whole = project_rows(x, weight, scale)
+    monkeypatch.setattr(model, "BLOCK", 24)
+    monkeypatch.setattr(model, "has_matrix_unit", lambda: True)
+    assert model._n_blocks(6, 12) == 3
+    blocks = project_rows(x, weight, scale)
+    np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-3)  # values to 500
+
+
+def test_a_weight_has_few_equal_blocks_or_is_one():
+    assert model._n_blocks(50257, 768) == 29  # of 1733 rows
+    assert model._n_blocks(50304, 1600) == 6
+    assert model._n_blocks(3072, 768) == 1
+    assert model._n_blocks(50261, 768) == 1  # a prime
 
 
 def test_turned_parameters_are_the_same_model():
