@@ -1,0 +1,91 @@
+"""Seconds from the start of Python to the end of the first update, cold and warm.
+
+python benchmarks/start.py
+python benchmarks/start.py --layers=12,48 --n_embd=64 --scan --rounds=3
+
+Cold: nothing is compiled yet. Warm: the same command once more, with the programs that
+the first one left in JAX's persistent compilation cache. A process imports gpt2_jax,
+makes parameters and optimizer state, and updates them once, as the trainer does; data
+and checkpoints are left out. --scan takes the form that accelerators get, on a CPU too.
+"""
+
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from absl import app, flags
+
+DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
+
+_LAYERS = flags.DEFINE_list("layers", ["12", "48"], "Depths, measured in turn.")
+_N_EMBD = flags.DEFINE_integer("n_embd", 64, "A head has 64 of it.")
+_VOCAB = flags.DEFINE_integer("vocab_size", 512, "Of the model.")
+_TOKENS = flags.DEFINE_integer("tokens", 64, "A step has one text of so many.")
+_SCAN = flags.DEFINE_bool("scan", False, "Layers are scanned, also on a CPU.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each depth.")
+_WORKER = flags.DEFINE_integer("worker", None, "(Internal) starts this depth.")
+
+
+def work(n_layer: int) -> None:
+    import jax
+    import numpy as np
+
+    from gpt2_jax import optim, sharding
+    from gpt2_jax.tokenizer import NoTokenizer
+    from gpt2_jax.train import jit_step, make_model
+    from gpt2_jax.train_config import TrainConfig
+    from gpt2_jax.train_step import init_state
+
+    T, n_embd = _TOKENS.value, _N_EMBD.value
+    c = runpy.run_path(str(DEFAULT))["get_config"]()
+    c.update(batch_size=1, block_size=T)
+    c.model.update(n_layer=n_layer, n_embd=n_embd, n_head=max(1, n_embd // 64))
+    cfg = TrainConfig.from_dict(c.to_dict())
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    model = make_model(cfg, NoTokenizer(_VOCAB.value, 0, "none is needed"), mesh)
+    model = model.clone(scan_layers=model.scan_layers or _SCAN.value)
+    optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
+    form = sharding.traced_for_accelerators if _SCAN.value else nullcontext
+    with form():
+        state = init_state(model, optimizer, mesh, seed=0)
+        step = jit_step(cfg, model, optimizer, state, mesh, _VOCAB.value)
+        jax.block_until_ready(step(state, np.zeros((1, 1, T + 1), np.int32)))
+
+
+def seconds(n_layer: int, cache: str) -> float:
+    cached = {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    begun = time.perf_counter()
+    subprocess.run(
+        [sys.executable, *sys.argv, f"--worker={n_layer}"],
+        env={**os.environ, **cached},
+        check=True,
+    )
+    return time.perf_counter() - begun
+
+
+def main(_: list[str]) -> None:
+    if _WORKER.value is not None:
+        return work(_WORKER.value)
+    found: dict[int, list[tuple[float, float]]] = {int(n): [] for n in _LAYERS.value}
+    for _round in range(_ROUNDS.value):
+        for n_layer, pairs in found.items():
+            with tempfile.TemporaryDirectory() as cache:
+                pairs.append((seconds(n_layer, cache), seconds(n_layer, cache)))
+    print(f"{'layers':>6} {'cold':>7} {'warm':>7}  ratio")
+    for n_layer, pairs in found.items():
+        cold, warm = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratio = statistics.median(warm / cold for cold, warm in pairs)
+        print(f"{n_layer:6} {cold:7.2f} {warm:7.2f}  {ratio:5.2f}")
+
+
+if __name__ == "__main__":
+    app.run(main)
