@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.data import sources, tokenizers
-from gpt2_jax.data.prepare import fingerprint, load_index, prepare
+from gpt2_jax.data.prepare import fingerprint, load_index, prepare, prepared_folder
 from gpt2_jax.data.tokenizers import build_tokenizer
 from gpt2_jax.tokenizer import (
     ByteTokenizer,
@@ -345,6 +345,16 @@ def test_the_fingerprint_tells_requests_apart(book: Path, tmp_path: Path):
     others.append(fingerprint(book, **base))
     unique = {json.dumps(each, sort_keys=True) for each in [first, *others]}
     assert len(unique) == 1 + len(others)
+
+
+def test_the_default_corpus_is_collected_once(tmp_path: Path, monkeypatch):
+    asked = {"tokenizer": "bytes", "vocab_size": None, "splits": (0.9, 0.05, 0.05)}
+    folder = prepared_folder(None, tmp_path / "data", **asked)
+    monkeypatch.setattr(sources, "documents", None)
+    assert prepared_folder(None, tmp_path / "data", **asked) == folder
+    for change in ({"tokenizer": "char"}, {"splits": (0.8, 0.1, 0.1)}):
+        with pytest.raises(ValueError, match=f"prepared with {next(iter(change))}="):
+            prepared_folder(None, tmp_path / "data", **{**asked, **change})
 
 
 def test_tokenizers_are_built(book: Path, tmp_path: Path):
