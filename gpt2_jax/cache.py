@@ -43,6 +43,10 @@ class KVCache(flax.struct.PyTreeNode):
         """Tokens that a row can hold."""
         return self.k_BHKS[0].shape[3]
 
+    def of_layer(self, i: int) -> "KVCache":
+        """The cache of that layer alone."""
+        return self.replace(k_BHKS=(self.k_BHKS[i],), v_BHSK=(self.v_BHSK[i],))
+
     def resize(self, size: int) -> "KVCache":
         """With room for `size` tokens a row, at least as many as now."""
         none, more = (0, 0), (0, size - self.size)

@@ -447,9 +447,16 @@ class Attention(nn.Module):
         q_BTHK, k, v = (x[:, :, 0] for x in jnp.split(qkv_BT3HK, 3, axis=2))
         scale = attention_scale(cfg, layer)
         if cache is not None:
-            held = cache.k_BHKS[layer], cache.v_BHSK[layer]
+            (k_BHKS,), (v_BHSK,) = cache.k_BHKS, cache.v_BHSK
             att_BTHK, k, v = cached_attention(
-                q_BTHK, k, v, *held, cache.length_B, scale=scale, start=cache.start
+                q_BTHK,
+                k,
+                v,
+                k_BHKS,
+                v_BHSK,
+                cache.length_B,
+                scale=scale,
+                start=cache.start,
             )
         else:
             att_BTHK = causal_attention(
@@ -496,9 +503,7 @@ class MLP(nn.Module):
 
 def adapter_key(module: Any, dropout_key: jax.Array | None, i: int) -> jax.Array | None:
     """Of the dropout in the i-th adapter of a module; None where there is none."""
-    if dropout_key is None or module.lora_pdrop == 0:
-        return None
-    return jax.random.fold_in(dropout_key, i + 1)
+    return fold_in(dropout_key, i + 1) if module.lora_pdrop else None
 
 
 class GPT2(nn.Module):
@@ -598,23 +603,14 @@ class GPT2(nn.Module):
             positions_BT = positions_BT + cache.length_B[:, None]
             positions_BT = jnp.minimum(positions_BT, cfg.n_positions - 1)
         key = None if deterministic else self.make_rng("dropout")
-        fold = lambda i: None if key is None else jax.random.fold_in(key, i)  # noqa: E731
-
         with jax.named_scope("embedding"):
             x_BTD = self.wte(tokens_BT) + self.wpe(positions_BT)
             x_BTD = constrain(x_BTD, self.mesh, BATCH)
-            x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold(cfg.n_layer))
-        apart = self.scan_layers or self.remat != "none"
-        if apart and cache is None and not self.is_initializing():
-            x_BTD = self._apply_layers(x_BTD, key, segment_BT)
-        else:
-            kvs = []
-            for i, block in enumerate(self.h):
-                x_BTD, kv = block(x_BTD, cache, i, fold(i), segment_BT)
-                kvs.append(kv)
-            if cache is not None:
-                k, v = zip(*kvs, strict=True)
-                cache = KVCache(k, v, cache.length_B + T)
+            x_BTD = dropout(x_BTD, cfg.embd_pdrop, fold_in(key, cfg.n_layer))
+        x_BTD, kvs = self._run_layers(x_BTD, cache, key, segment_BT)
+        if cache is not None:
+            k, v = zip(*kvs, strict=True)
+            cache = KVCache(k, v, cache.length_B + T)
         return self.ln_f(x_BTD), cache
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -626,32 +622,51 @@ class GPT2(nn.Module):
         rest = (*dtypes, self.attention, self.mesh, self.lora_pdrop)
         return Block(self.cfg, *rest, **kwargs)
 
-    def _apply_layers(self, x_BTD, key, segment_BT):
-        """The blocks as functions of their parameters, for JAX to scan or repeat."""
+    @nn.nowrap
+    def _run_layers(self, x_BTD, cache, key, segment_BT):
+        """x after all layers, and of each the (k, v) that it leaves in the cache."""
+        n_layer, kvs = self.cfg.n_layer, []
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            for i, block in enumerate(self.h):
+                held = None if cache is None else cache.of_layer(i)
+                x_BTD, kv = block(x_BTD, held, i, fold_in(key, i), segment_BT)
+                kvs.append(kv)
+            return x_BTD, kvs
+
+        # The blocks as one function of their parameters, for JAX to scan or repeat.
         block = self._block(parent=None)
 
-        def apply(x_BTD, layer):
-            params, i = layer
-            k = None if key is None else jax.random.fold_in(key, i)
-            return block.apply({"params": params}, x_BTD, None, i, k, segment_BT)
+        def apply_block(x_BTD, params, i, cache, key, segment_BT):
+            variables, key = {"params": params}, fold_in(key, i)
+            return block.apply(variables, x_BTD, cache, i, key, segment_BT)
 
-        if self.remat != "none":
+        apply: Callable[..., Any] = apply_block
+        scan = self.scan_layers and cache is None
+        if self.remat != "none" and cache is None:
             # In a scan nothing could take the second computation for the first.
-            apply = jax.checkpoint(
-                apply,
-                policy=remat_policy(self.remat),
-                prevent_cse=not self.scan_layers,
-            )
+            policy = remat_policy(self.remat)
+            apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scan)
         params = self.variables["params"]
-        if self.scan_layers:
-            stacked = stack_layers(params)[STACKED]
-            indices = jnp.arange(self.cfg.n_layer)
+        if scan:
+            layers = stack_layers(params)[STACKED], jnp.arange(n_layer)
+            one = lambda x, layer: apply(x, *layer, None, key, segment_BT)  # noqa: E731
             with jax.named_scope(STACKED):
-                return jax.lax.scan(apply, x_BTD, (stacked, indices))[0]
-        for i in range(self.cfg.n_layer):
+                return jax.lax.scan(one, x_BTD, layers)
+        if isinstance(x_BTD, jax.core.Tracer):
+            apply = jax.jit(apply)  # which is traced once for all layers
+        for i in range(n_layer):
+            held = None if cache is None else cache.of_layer(i)
             with jax.named_scope(f"{LAYER}{i}"):
-                x_BTD, _ = apply(x_BTD, (params[f"{LAYER}{i}"], i))
-        return x_BTD
+                x_BTD, kv = apply(
+                    x_BTD, params[f"{LAYER}{i}"], i, held, key, segment_BT
+                )
+            kvs.append(kv)
+        return x_BTD, kvs
+
+
+def fold_in(key: jax.Array | None, i: Any) -> jax.Array | None:
+    """`jax.random.fold_in`; None of None."""
+    return None if key is None else jax.random.fold_in(key, i)
 
 
 def positions_within(segment_BT: jax.Array) -> jax.Array:
