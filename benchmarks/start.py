@@ -6,9 +6,11 @@ python benchmarks/start.py --layers=12,48 --n_embd=64 --scan --rounds=3
 Cold: nothing is compiled yet. Warm: the same command once more, with the programs that
 the first one left in JAX's persistent compilation cache. A process imports gpt2_jax,
 makes parameters and optimizer state, and updates them once, as the trainer does; data
-and checkpoints are left out. --scan takes the form that accelerators get, on a CPU too.
+and checkpoints are left out. Beside it stands what of that went into compiling, or into
+reading what was compiled. --scan takes the form that accelerators get, on a CPU too.
 """
 
+import json
 import os
 import runpy
 import statistics
@@ -18,6 +20,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags
 
@@ -32,10 +35,24 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each depth.")
 _WORKER = flags.DEFINE_integer("worker", None, "(Internal) starts this depth.")
 
 
+class Start(NamedTuple):
+    """Seconds."""
+
+    all: float
+    compiling: float
+
+
 def work(n_layer: int) -> None:
     import jax
     import numpy as np
 
+    compiling = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("/backend_compile_duration"):
+            compiling.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     from gpt2_jax import optim, sharding
     from gpt2_jax.tokenizer import NoTokenizer
     from gpt2_jax.train import jit_step, make_model
@@ -56,35 +73,42 @@ def work(n_layer: int) -> None:
         state = init_state(model, optimizer, mesh, seed=0)
         step = jit_step(cfg, model, optimizer, state, mesh, _VOCAB.value)
         jax.block_until_ready(step(state, np.zeros((1, 1, T + 1), np.int32)))
+    print(json.dumps([time.time(), sum(compiling)]))
 
 
-def seconds(n_layer: int, cache: str) -> float:
+def start(n_layer: int, cache: str) -> Start:
     cached = {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    begun = time.perf_counter()
-    subprocess.run(
-        [sys.executable, *sys.argv, f"--worker={n_layer}"],
+    begun = time.time()
+    printed = subprocess.run(
+        [sys.executable, *sys.argv, f"--worker={n_layer}", "--verbosity=-1"],
         env={**os.environ, **cached},
         check=True,
-    )
-    return time.perf_counter() - begun
+        stdout=subprocess.PIPE,
+    ).stdout
+    ended, compiling = json.loads(printed)
+    return Start(ended - begun, compiling)
 
 
 def main(_: list[str]) -> None:
     if _WORKER.value is not None:
         return work(_WORKER.value)
-    found: dict[int, list[tuple[float, float]]] = {int(n): [] for n in _LAYERS.value}
+    found: dict[int, list[tuple[Start, Start]]] = {int(n): [] for n in _LAYERS.value}
     for _round in range(_ROUNDS.value):
         for n_layer, pairs in found.items():
             with tempfile.TemporaryDirectory() as cache:
-                pairs.append((seconds(n_layer, cache), seconds(n_layer, cache)))
-    print(f"{'layers':>6} {'cold':>7} {'warm':>7}  ratio")
+                pairs.append((start(n_layer, cache), start(n_layer, cache)))
+    print(f"{'layers':>6} {'of it':9} {'cold':>7} {'warm':>7}  ratio")
     for n_layer, pairs in found.items():
-        cold, warm = (statistics.median(times) for times in zip(*pairs, strict=True))
-        ratio = statistics.median(warm / cold for cold, warm in pairs)
-        print(f"{n_layer:6} {cold:7.2f} {warm:7.2f}  {ratio:5.2f}")
+        for i, name in enumerate(Start._fields):
+            colds, warms = (
+                [s[i] for s in starts] for starts in zip(*pairs, strict=True)
+            )
+            ratio = statistics.median(w / c for c, w in zip(colds, warms, strict=True))
+            cold, warm = statistics.median(colds), statistics.median(warms)
+            print(f"{n_layer:6} {name:9} {cold:7.2f} {warm:7.2f}  {ratio:5.2f}")
 
 
 if __name__ == "__main__":
