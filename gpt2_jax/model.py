@@ -401,7 +401,7 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         cache: KVCache | None,
-        layer: Any,  # int; traced under scan
+        layer: Any,  # int, or traced
         dropout_key: jax.Array | None,
         segment_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -434,7 +434,7 @@ class Attention(nn.Module):
         self,
         x_BTD: jax.Array,
         cache: KVCache | None,
-        layer: Any,  # int; traced under scan
+        layer: Any,  # int, or traced
         dropout_key: jax.Array | None,
         segment_BT: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
