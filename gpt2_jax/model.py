@@ -636,11 +636,11 @@ class GPT2(nn.Module):
         # The blocks as one function of their parameters, for JAX to scan or repeat.
         block = self._block(parent=None)
 
-        def apply_block(x_BTD, params, i, cache, key, segment_BT):
+        def layer(x_BTD, params, i, cache, key, segment_BT):
             variables, key = {"params": params}, fold_in(key, i)
             return block.apply(variables, x_BTD, cache, i, key, segment_BT)
 
-        apply: Callable[..., Any] = apply_block
+        apply: Callable[..., Any] = layer
         scan = self.scan_layers and cache is None
         if self.remat != "none" and cache is None:
             # In a scan nothing could take the second computation for the first.

@@ -165,7 +165,8 @@ def test_the_bar_of_a_terminal(runs):
 def test_the_trace_reads_by_layer(runs):
     [path] = (runs.observed / "profile").rglob("*.xplane.pb")
     content = path.read_bytes()
-    for name in (b"h_0/attn/c_attn", b"h_0/mlp/c_fc", b"ln_f", b"optimizer"):
+    layer = b"h_0/jit(layer)/Block/"
+    for name in (layer + b"attn/c_attn", layer + b"mlp/c_fc", b"ln_f", b"optimizer"):
         assert name in content
 
 
