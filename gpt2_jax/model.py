@@ -649,7 +649,7 @@ class GPT2(nn.Module):
         params = self.variables["params"]
         if scan:
             layers = stack_layers(params)[STACKED], jnp.arange(n_layer)
-            one = lambda x, layer: apply(x, *layer, None, key, segment_BT)  # noqa: E731
+            one = lambda x, at: apply(x, *at, None, key, segment_BT)  # noqa: E731
             with jax.named_scope(STACKED):
                 return jax.lax.scan(one, x_BTD, layers)
         if isinstance(x_BTD, jax.core.Tracer):
