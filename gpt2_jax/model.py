@@ -648,10 +648,13 @@ class GPT2(nn.Module):
             apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scan)
         params = self.variables["params"]
         if scan:
+
+            def step(x_BTD, params_and_i):
+                return apply(x_BTD, *params_and_i, None, key, segment_BT)
+
             layers = stack_layers(params)[STACKED], jnp.arange(n_layer)
-            one = lambda x, at: apply(x, *at, None, key, segment_BT)  # noqa: E731
             with jax.named_scope(STACKED):
-                return jax.lax.scan(one, x_BTD, layers)
+                return jax.lax.scan(step, x_BTD, layers)
         if isinstance(x_BTD, jax.core.Tracer):
             apply = jax.jit(apply)  # which is traced once for all layers
         for i in range(n_layer):
