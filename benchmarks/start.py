@@ -68,8 +68,7 @@ def work(n_layer: int) -> None:
     model = make_model(cfg, NoTokenizer(_VOCAB.value, 0, "none is needed"), mesh)
     model = model.clone(scan_layers=model.scan_layers or _SCAN.value)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
-    form = sharding.traced_for_accelerators if _SCAN.value else nullcontext
-    with form():
+    with sharding.traced_for("tpu") if _SCAN.value else nullcontext():
         state = init_state(model, optimizer, mesh, seed=0)
         step = jit_step(cfg, model, optimizer, state, mesh, _VOCAB.value)
         jax.block_until_ready(step(state, np.zeros((1, 1, T + 1), np.int32)))

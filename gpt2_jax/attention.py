@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.sharding import BATCH, n_batch_shards, on_cpu
+from gpt2_jax.sharding import BATCH, compute_capability, n_batch_shards, on_cpu
 
 UNSEEN = np.finfo(np.float32).min  # finite: a row that sees nothing is not NaN
 
@@ -53,7 +53,7 @@ def attention_backend(
 
 def _obstacle_to_cudnn(K: int, dtype: str) -> str | None:
     """Source: cuDNN's support matrix, as `jax.nn.dot_product_attention` checks it."""
-    capability = _compute_capability()
+    capability = compute_capability()
     if capability is None:
         return f"it needs an NVIDIA GPU, this is a {jax.default_backend()}"
     if capability < 8:
@@ -64,14 +64,6 @@ def _obstacle_to_cudnn(K: int, dtype: str) -> str | None:
     if K % 8 or K > most:
         return f"head_dim={K} is not a multiple of 8 up to {most}"
     return None
-
-
-def _compute_capability() -> float | None:
-    """Of an NVIDIA GPU; None: there is none."""
-    device = jax.devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return None
-    return float(device.compute_capability)
 
 
 LANES = 128  # of a TPU's vector unit

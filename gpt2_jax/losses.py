@@ -15,7 +15,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.model import project_rows
-from gpt2_jax.sharding import BATCH, n_batch_shards, on_cpu
+from gpt2_jax.sharding import (
+    BATCH,
+    compute_capability,
+    n_batch_shards,
+    on_cpu,
+    on_gpu,
+)
 
 
 def chunk_bytes() -> int:
@@ -24,7 +30,7 @@ def chunk_bytes() -> int:
     Each chunk adds to the gradient of the whole embedding: on an accelerator its
     products take longer than that if it is of some thousand tokens.
     """
-    return 2**27 if on_cpu() else 2**29
+    return 2**27 if on_cpu() else 2**30
 
 
 def chunk_tokens(B: int, T: int, V: int) -> int:
@@ -119,7 +125,7 @@ _loss.defvjp(_forward, _backward)
 
 def _over_mesh(variables, of_targets, n_valid, mesh):
     """Loss, and its gradients by hidden states and embedding."""
-    each = partial(_over_chunks, n_valid=n_valid)
+    each = partial(_over_chunks, n_valid=n_valid, kernel=_has_kernel(mesh))
     if mesh is None:
         return each(variables, of_targets, tensor=1)
     each = partial(each, tensor=mesh.shape["tensor"])
@@ -132,20 +138,26 @@ def _over_mesh(variables, of_targets, n_valid, mesh):
         return loss, dhidden_BTD, dembedding_VD
 
     rows, whole = P(BATCH), P()
-    # The tensor axis is left to XLA, which follows the rows of the embedding.
+    # A tensor axis is left to XLA, which follows the rows of the embedding.
     spread = jax.shard_map(
         part,
         mesh=mesh,
         in_specs=((rows, whole), rows),
         out_specs=(whole, rows, whole),
-        axis_names=set(BATCH),
+        axis_names={*BATCH, *(["tensor"] if mesh.shape["tensor"] == 1 else [])},
         check_vma=False,
     )
     # Only within jit can an axis be left.
     return jax.jit(spread)(variables, of_targets)
 
 
-def _over_chunks(variables, of_targets, n_valid, tensor):
+def _has_kernel(mesh: Mesh | None) -> bool:
+    """Whether rows of logits are whole on GPUs that `gpt2_jax.kernels` is for."""
+    n = jax.device_count() if mesh is None else mesh.shape["tensor"]
+    return n == 1 and on_gpu() and (compute_capability() or 0) >= 8
+
+
+def _over_chunks(variables, of_targets, n_valid, kernel, tensor):
     """As `_over_mesh`, of one part of the batch."""
     hidden_BTD, embedding_VD = variables
     embedding_VD = embedding_VD.astype(hidden_BTD.dtype)
@@ -157,7 +169,7 @@ def _over_chunks(variables, of_targets, n_valid, tensor):
             jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
         )
         tokens = jax.tree.map(take, (hidden_BTD, *of_targets))
-        return _chunk(tokens, embedding_VD, n_valid)
+        return _chunk(tokens, embedding_VD, n_valid, kernel)
 
     def add(total, start, size):
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
@@ -182,31 +194,67 @@ def _over_chunks(variables, of_targets, n_valid, tensor):
     return loss, dhidden_BTD, dembedding_VD.astype(variables[1].dtype)
 
 
-def _chunk(tokens, embedding_VD, n_valid):
+def _chunk(tokens, embedding_VD, n_valid, kernel):
     """As `_over_mesh`, of tokens whose logits are held at once; sums in float32."""
     hidden_BTD, targets_BT, mask_BT = tokens
     V, D = embedding_VD.shape
-    hidden_MD, targets_M1 = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1, 1)
+    hidden_MD, targets_M = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1)
     logits_MV = _product(hidden_MD, embedding_VD, (1, 1))
-    if n_valid is not None:
-        logits_MV = jnp.where(jnp.arange(V) < n_valid, logits_MV, -jnp.inf)
-    logits_MV -= logits_MV.max(-1, keepdims=True)
-    exp_MV = jnp.exp(logits_MV)
-    sum_M1 = exp_MV.sum(-1, keepdims=True)
-    # Compared rather than indexed: so each device looks at its own part of the row.
-    is_target_MV = jnp.arange(V) == targets_M1
-    target_M1 = jnp.where(is_target_MV, logits_MV, 0).sum(-1, keepdims=True)
-    nll_M1 = jnp.log(sum_M1) - target_M1
-    dlogits_MV = exp_MV / sum_M1 - is_target_MV
-    if mask_BT is not None:
-        mask_M1 = mask_BT.reshape(-1, 1)
-        nll_M1 = jnp.where(mask_M1, nll_M1, 0)
-        dlogits_MV = jnp.where(mask_M1, dlogits_MV, 0)
-    dlogits_MV = dlogits_MV.astype(hidden_BTD.dtype)
+    of_logits = _softmax_cross_entropy
+    if kernel:
+        # Here, for importing Pallas takes time.
+        from gpt2_jax import kernels
+
+        of_logits = kernels.softmax_cross_entropy
+    nll_M, dlogits_MV = of_logits(
+        *(logits_MV, targets_M, None if mask_BT is None else mask_BT.reshape(-1)),
+        n_valid=n_valid or V,
+        dtype=hidden_BTD.dtype,
+    )
     dhidden_MD = _product(dlogits_MV, embedding_VD, (1, 0))
     dembedding_VD = _product(dlogits_MV, hidden_MD, (0, 0))
     dhidden_BTD = dhidden_MD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
-    return nll_M1.sum(), dhidden_BTD, dembedding_VD
+    return nll_M.sum(), dhidden_BTD, dembedding_VD
+
+
+def _softmax_cross_entropy(logits_MV, targets_M, mask_M, *, n_valid, dtype):
+    """As `kernels.softmax_cross_entropy`."""
+    id_V = jnp.arange(logits_MV.shape[1])
+    if n_valid < len(id_V):
+        logits_MV = jnp.where(id_V < n_valid, logits_MV, LEAST)
+    # Compared rather than indexed: so each device looks at its own part of the row.
+    is_target_MV = id_V == targets_M[:, None]
+    if on_cpu():
+        logits_MV -= logits_MV.max(-1, keepdims=True)
+        exp_MV = jnp.exp(logits_MV)
+        sum_M = exp_MV.sum(-1)
+        target_M = jnp.where(is_target_MV, logits_MV, 0).sum(-1)
+        nll_M = jnp.log(sum_M) - target_M
+        dlogits_MV = exp_MV / sum_M[:, None] - is_target_MV
+    else:
+        # Read once for all that is known of a row, and once for its softmax.
+        of_target_MV = jnp.where(is_target_MV, logits_MV, 0.0)
+        greatest_M, sum_M, target_M = jax.lax.reduce(
+            (logits_MV, jnp.ones_like(logits_MV), of_target_MV),
+            (LEAST, np.float32(0), np.float32(0)),
+            _merge,
+            (1,),
+        )
+        log_sum_M = greatest_M + jnp.log(sum_M)
+        nll_M = log_sum_M - target_M
+        dlogits_MV = jnp.exp(logits_MV - log_sum_M[:, None]) - is_target_MV
+    if mask_M is not None:
+        nll_M = jnp.where(mask_M, nll_M, 0)
+        dlogits_MV = jnp.where(mask_M[:, None], dlogits_MV, 0)
+    return nll_M, dlogits_MV.astype(dtype)
+
+
+def _merge(one, other):
+    """Of two parts of a row the greatest logit, the sum of exponentials of logits less
+    that, and the target's logit or 0."""
+    greatest = jnp.maximum(one[0], other[0])
+    sums = (s * jnp.exp(g - greatest) for g, s, _ in (one, other))
+    return greatest, sum(sums), one[2] + other[2]
 
 
 def _product(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:

@@ -50,7 +50,7 @@ from gpt2_jax.attention import (
 )
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.sharding import BATCH, constrain, has_matrix_unit, on_cpu
+from gpt2_jax.sharding import BATCH, constrain, has_matrix_unit, on_cpu, on_gpu
 
 Params = dict[str, Any]
 LAYER, STACKED = "h_", "h"
@@ -78,6 +78,16 @@ REMAT: dict[str, Callable[..., bool]] = {
 }
 
 
+def activate(x: jax.Array, name: str) -> jax.Array:
+    """The activation of x.
+
+    For its gradient an accelerator keeps x alone: JAX would keep what is as wide, the
+    widest of a block, several times over, and memory is slower than the computation.
+    """
+    function = ACTIVATIONS[name]
+    return function(x) if on_cpu() else jax.checkpoint(function)(x)
+
+
 def dtype_named(name: str) -> Any:
     """float32 or bfloat16. Raises ValueError on any other name."""
     if name not in DTYPES:
@@ -95,22 +105,57 @@ def remat_policy(name: str) -> Callable[..., bool]:
     return REMAT[name]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: jax.Array, kernel: jax.Array, n_in: int) -> jax.Array:
-    """x [..., *in] and kernel [*in, *out] -> float32 [..., *out], `n_in` axes in.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def affine(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, n_in: int
+) -> jax.Array:
+    """x [..., *in] times kernel [*in, *out] plus bias [prod(out)]: [..., *out].
+
+    There are `n_in` axes in. Factors are in the dtype of x, sums in float32. So are the
+    gradients of kernel and bias, and on CPUs the result; accelerators write that in the
+    dtype of x.
 
     The gradient is the usual one. It is written out because JAX's own transposes
     the larger factor of the kernel's gradient, element by element, whenever that is
     the gradient of the output: on CPU a training step takes 1.5x the time.
     """
-    return _dot(x, kernel, range(n_in))
+    rows, out = x.shape[: x.ndim - n_in], kernel.shape[n_in:]
+    kernel = kernel.astype(x.dtype)
+    if not on_gpu():
+        y = _dot(x, kernel, range(n_in), jnp.float32 if on_cpu() else x.dtype)
+        return y if bias is None else y + bias.astype(y.dtype).reshape(out)
+
+    def part(kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        # Outputs lie along one axis: so XLA sees a bias, and GELU, for cuBLAS to add.
+        y = _dot(x, kernel.reshape(*kernel.shape[:n_in], -1), range(n_in), x.dtype)
+        if bias is not None:
+            y += bias.astype(y.dtype)
+        return y.reshape(*rows, *kernel.shape[n_in:])
+
+    if len(out) < 3:
+        return part(kernel, bias)
+    n, axis = out[0], len(rows)
+    biases = [None] * n if bias is None else bias.reshape(n, -1)
+    parts = zip(_split(kernel, n_in), biases, strict=True)
+    return jnp.stack([part(*p) for p in parts], axis)
 
 
-def _dot(x: jax.Array, kernel: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The last axes of x contracted with `axes` of the kernel, in float32."""
+def _split(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The parts along an axis, which is gone.
+
+    On a GPU q, k and v are products of their own, as attention takes them: of one they
+    would have to be cut out, and their gradients put together.
+    """
+    return [x.squeeze(axis) for x in jnp.split(x, x.shape[axis], axis)]
+
+
+def _dot(
+    x: jax.Array, kernel: jax.Array, axes: Sequence[int], dtype: Any = jnp.float32
+) -> jax.Array:
+    """The last axes of x contracted with `axes` of the kernel."""
     last = range(x.ndim - len(axes), x.ndim)
     return jax.lax.dot_general(
-        x, kernel, ((last, axes), ((), ())), preferred_element_type=jnp.float32
+        x, kernel, ((last, axes), ((), ())), preferred_element_type=dtype
     )
 
 
@@ -188,43 +233,56 @@ def _n_blocks(n_out: int, n_in: int) -> int:
     return next(fits, 1)
 
 
-def _project_forward(x, kernel, n_in):
-    return project(x, kernel, n_in), (x, kernel)
+def _affine_forward(x, kernel, bias, n_in):
+    return affine(x, kernel, bias, n_in), (x, kernel, bias)
 
 
-def _project_backward(n_in, residuals, dy):
-    x, kernel = residuals
-    dy = dy.astype(x.dtype)
+def _affine_backward(n_in, residuals, dy):
+    x, kernel, bias = residuals
+    axis = x.ndim - n_in  # the first of the outputs, in dy
+    if on_gpu() and kernel.ndim - n_in == 3:
+        n = dy.shape[axis]
+        biases = [None] * n if bias is None else bias.reshape(n, -1)
+        parts = zip(_split(kernel, n_in), biases, _split(dy, axis), strict=True)
+        gradients = [_affine_backward(n_in, (x, k, b), d) for k, b, d in parts]
+        dxs, dkernels, dbiases = zip(*gradients, strict=True)
+        dbias = None if bias is None else jnp.concatenate(dbiases)
+        return sum(dxs), jnp.stack(dkernels, n_in), dbias
+    dy, dbias = _held(dy), None
+    if bias is not None:
+        dbias = _sum_rows(dy.astype(bias.dtype), axis).reshape(bias.shape)
+    low = kernel.astype(x.dtype)
+    return *_products(x, low, dy.astype(x.dtype), n_in, kernel.dtype), dbias
+
+
+affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _products(x, kernel, dy, n_in, dtype):
+    """The gradients of x, in its dtype, and of the kernel, in `dtype`."""
+    product = partial(jax.lax.dot_general, preferred_element_type=dtype)
     if on_cpu():
         # Of matrices: a product over several axes transposes the kernel first.
         x_MI = x.reshape(-1, math.prod(kernel.shape[:n_in]))
         dy_MO = dy.reshape(len(x_MI), -1)
         kernel_IO = kernel.reshape(x_MI.shape[1], -1)
         dx = jax.lax.dot_general(dy_MO, kernel_IO, (((1,), (1,)), ((), ())))
-        dkernel = jax.lax.dot_general(x_MI, dy_MO, (((0,), (0,)), ((), ())))
+        dkernel = product(x_MI, dy_MO, (((0,), (0,)), ((), ())))
         return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
     rows, out = range(x.ndim - n_in), range(n_in, kernel.ndim)
     dx = jax.lax.dot_general(dy, kernel, ((range(len(rows), dy.ndim), out), ((), ())))
     if math.prod(kernel.shape[:n_in]) <= math.prod(kernel.shape[n_in:]):
-        return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
-    dkernel = jax.lax.dot_general(dy, x, ((rows, rows), ((), ())))
+        return dx, product(x, dy, ((rows, rows), ((), ())))
+    dkernel = product(dy, x, ((rows, rows), ((), ())))
     return dx, dkernel.transpose(*range(len(out), kernel.ndim), *range(len(out)))
 
 
-project.defvjp(_project_forward, _project_backward)
+def _held(x: Any) -> Any:
+    """x, which a GPU writes to memory before it is used.
 
-
-@jax.custom_vjp
-def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y [..., *out] + bias [*out]; of the gradient, see `_sum_rows`."""
-    return y + bias
-
-
-def _add_bias_backward(bias, dy):
-    return dy, _sum_rows(dy, dy.ndim - bias.ndim).astype(bias.dtype)
-
-
-add_bias.defvjp(lambda y, bias: (y + bias, bias), _add_bias_backward)
+    XLA would compute it once more in each of its uses, or write it in float32.
+    """
+    return jax.lax.optimization_barrier(x) if on_gpu() else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -250,6 +308,7 @@ def _normalize(x, scale_D, bias_D, epsilon):
 
 def _normalize_backward(epsilon, residuals, dy):
     x, mean, rstd, scale_D, bias_D = residuals
+    mean, rstd = _held((mean, rstd))
     normal = (x - mean) * rstd
     product = dy * normal
     mean_dy = _sum_channels(dy, scale_D) / x.shape[-1]
@@ -296,9 +355,15 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         in_shape, out_shape = tuple(self.in_shape), tuple(self.out_shape)
-        x = x.astype(self.dtype)
+        x, bias = x.astype(self.dtype), None
+        if self.use_bias:
+            bias = self.param(
+                "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
+            )
         if self.has_variable("params", "weight"):
             y = self._project_rows(x, in_shape, out_shape)
+            if bias is not None:
+                y += bias.reshape(out_shape)
         else:
             kernel = self.param(
                 "kernel",
@@ -306,21 +371,15 @@ class Linear(nn.Module):
                 in_shape + out_shape,
                 self.param_dtype,
             )
-            y = project(x, kernel.astype(self.dtype), len(in_shape))
+            y = affine(x, kernel, bias, len(in_shape))
         if self.has_variable("params", "lora_a"):
             y += self._adapt(dropout(x, self.lora_pdrop, dropout_key), len(in_shape))
-        if self.use_bias:
-            bias = self.param(
-                "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
-            )
-            y = add_bias(y, bias.astype(y.dtype).reshape(out_shape))
         return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
     def _adapt(self, x, n_in):
         a: jax.Array = self.get_variable("params", "lora_a")
         b: jax.Array = self.get_variable("params", "lora_b")
-        low = project(x, a.astype(self.dtype), n_in).astype(self.dtype)
-        return project(low, b.astype(self.dtype), 1)
+        return affine(affine(x, a, None, n_in).astype(x.dtype), b, None, 1)
 
     def _project_rows(self, x, in_shape, out_shape):
         rows = x.shape[: x.ndim - len(in_shape)]
@@ -412,10 +471,10 @@ class Block(nn.Module):
         a_BTD, kv = Attention(self.cfg, *rest, name="attn")(
             norm("ln_1")(x_BTD), cache, layer, keys[0], segment_BT
         )
-        x_BTD += dropout(a_BTD, self.cfg.resid_pdrop, keys[1])
+        x_BTD += _held(dropout(a_BTD, self.cfg.resid_pdrop, keys[1]))
         mlp = MLP(self.cfg, *dtypes, self.lora_pdrop, name="mlp")
         m_BTD = mlp(norm("ln_2")(x_BTD), adapter_key(self, keys[2], 0))
-        x_BTD += dropout(m_BTD, self.cfg.resid_pdrop, keys[2])
+        x_BTD += _held(dropout(m_BTD, self.cfg.resid_pdrop, keys[2]))
         return x_BTD, kv
 
 
@@ -496,7 +555,7 @@ class MLP(nn.Module):
         )
         c_fc = Linear(d, f, cfg.initializer_range, *rest, name="c_fc")
         h_BTF = c_fc(x_BTD, adapter_key(self, dropout_key, 0))
-        h_BTF = ACTIVATIONS[cfg.activation_function](h_BTF)
+        h_BTF = activate(h_BTF, cfg.activation_function)
         c_proj = Linear(f, d, residual_stddev(cfg), *rest, name="c_proj")
         return c_proj(h_BTF, adapter_key(self, dropout_key, 1))
 

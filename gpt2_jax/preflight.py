@@ -183,7 +183,7 @@ def plan(
             each = most // microbatches
             progress(f"compiling with device_batch_size={each}")
             trial = dataclasses.replace(cfg, device_batch_size=each)
-            with sharding.traced_for_accelerators():
+            with sharding.traced_for("gpu" if chip.is_gpu else "tpu"):
                 step = compile_step(
                     trial, model, optimizer, state, mesh, tokenizer.vocab_size
                 )

@@ -18,12 +18,25 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 _AUTO = (AxisType.Auto,) * len(AXES)
 
-_for_accelerators = ContextVar("_for_accelerators", default=False)
+_platform: ContextVar[str | None] = ContextVar("_platform", default=None)
 
 
 def on_cpu() -> bool:
     """Whether what is being traced will run on CPUs, on which other forms are fast."""
-    return jax.default_backend() == "cpu" and not _for_accelerators.get()
+    return (_platform.get() or jax.default_backend()) == "cpu"
+
+
+def on_gpu() -> bool:
+    """Whether what is being traced will run on GPUs."""
+    return (_platform.get() or jax.default_backend()) == "gpu"
+
+
+def compute_capability() -> float | None:
+    """Of the NVIDIA GPUs here; None: there are none."""
+    device = jax.devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return None
+    return float(device.compute_capability)
 
 
 @cache
@@ -39,13 +52,13 @@ def has_matrix_unit() -> bool:
 
 
 @contextmanager
-def traced_for_accelerators() -> Iterator[None]:
-    """Within it, what is traced has the form that accelerators get, here as well."""
-    token = _for_accelerators.set(True)
+def traced_for(platform: str) -> Iterator[None]:
+    """Within it, what is traced has the form that gpu or tpu get, here as well."""
+    token = _platform.set(platform)
     try:
         yield
     finally:
-        _for_accelerators.reset(token)
+        _platform.reset(token)
 
 
 # Every parameter matches one row, by the end of its path; so do the optimizer's

@@ -184,7 +184,7 @@ SHAPE = (8, 256, 12, 64)
 def here(monkeypatch, platform, capability=None, devices=1):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    monkeypatch.setattr(attention, "_compute_capability", lambda: capability)
+    monkeypatch.setattr(attention, "compute_capability", lambda: capability)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ HOUSE = [
     "environment",
     "distributed",
     "losses",
+    "kernels",
     "lora",
     "weights",
     "model",

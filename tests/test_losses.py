@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax import losses
+from gpt2_jax import kernels, losses
 from gpt2_jax.losses import (
     MIN_PART,
     chunk_tokens,
@@ -18,7 +18,7 @@ from gpt2_jax.losses import (
     token_log_probs,
 )
 from gpt2_jax.model import project_rows
-from gpt2_jax.sharding import BATCH, make_mesh
+from gpt2_jax.sharding import BATCH, make_mesh, traced_for
 
 B, T, D, V, N_VALID = 8, 13, 24, 128, 123
 RNG = np.random.default_rng(0)
@@ -50,10 +50,29 @@ def in_chunks_of(monkeypatch, size):
 NOTHING = np.zeros((B, T), bool)
 
 
+@pytest.fixture(params=["cpu", "tpu", "gpu"])
+def platform(request, monkeypatch):
+    """Whose form is traced; what only a GPU can run is interpreted."""
+    kernel, calls = kernels.softmax_cross_entropy, []
+
+    def interpreted(*args, **kwargs):
+        calls.append(args)
+        return kernel(*args, **kwargs, interpret=True)
+
+    monkeypatch.setattr(losses, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(kernels, "softmax_cross_entropy", interpreted)
+    monkeypatch.setattr(kernels, "COLUMNS", 32)
+    with traced_for(request.param):
+        yield request.param
+    assert bool(calls) == (request.param == "gpu")
+
+
 @pytest.mark.parametrize(
     ("size", "mask"),
     [(1, MASK), (2, None), (5, MASK), (12, NOTHING), (T, None), (T, MASK)],
 )
+@pytest.mark.usefixtures("platform")
 def test_value_and_gradients_are_those_of_all_logits(monkeypatch, size, mask):
     in_chunks_of(monkeypatch, size)
     args = HIDDEN, EMBEDDING, TARGETS, mask
@@ -66,6 +85,7 @@ def test_value_and_gradients_are_those_of_all_logits(monkeypatch, size, mask):
 
 
 @pytest.mark.parametrize("size", [4, T])
+@pytest.mark.usefixtures("platform")
 def test_low_precision_is_that_of_the_factors_alone(monkeypatch, size):
     in_chunks_of(monkeypatch, size)
     low = [jnp.asarray(x, jnp.bfloat16) for x in (HIDDEN, EMBEDDING)]
@@ -86,6 +106,7 @@ def test_low_precision_is_that_of_the_factors_alone(monkeypatch, size):
 
 
 @pytest.mark.parametrize("size", [4, T])
+@pytest.mark.usefixtures("platform")
 def test_padding_of_the_vocabulary_has_no_part(monkeypatch, size):
     in_chunks_of(monkeypatch, size)
     args = HIDDEN, EMBEDDING, TARGETS, MASK
@@ -126,6 +147,7 @@ def test_impossible_paddings_are_refused(n_valid):
             f(HIDDEN, EMBEDDING, TARGETS, n_valid=n_valid)
 
 
+@pytest.mark.usefixtures("platform")
 def test_large_and_low_precision_logits_stay_finite():
     hidden = jnp.ones((1, 1, 1), jnp.bfloat16)
     embedding = jnp.array([[1e4], [-1e4], [0.0]])
@@ -234,6 +256,28 @@ def collectives(hlo: str) -> tuple[list[int], list[int]]:
                 ]
                 (inside if name in looped else outside).extend(sizes)
     return inside, outside
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)])
+def test_a_kernel_is_for_whole_rows(monkeypatch, shape):
+    def has_rows(logits_MV, *args, **kwargs):
+        seen.append(logits_MV.shape)
+        return kernel(logits_MV, *args, **kwargs, interpret=True)
+
+    seen, kernel = [], kernels.softmax_cross_entropy
+    monkeypatch.setattr(losses, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(kernels, "softmax_cross_entropy", has_rows)
+    monkeypatch.setattr(kernels, "COLUMNS", 32)
+    args = HIDDEN, EMBEDDING, TARGETS, MASK
+    expected, wanted = value_and_gradients(plain)(*args)
+    with traced_for("gpu"):
+        value, gradients = value_and_gradients(
+            partial(summed_cross_entropy, mesh=make_mesh(*shape))
+        )(*args)
+    assert seen == ([(T, V)] if shape[2] == 1 else [])  # a row of the batch a device
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)  # rounding
+    for got, by in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(got, by, rtol=0, atol=1e-5)  # sums of 104
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])

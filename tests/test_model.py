@@ -15,16 +15,16 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import (
     GPT2,
     abstract_params,
-    add_bias,
+    activate,
+    affine,
     count_params,
     dtype_named,
     init,
     normalize,
-    project,
     stack_layers,
     unstack_layers,
 )
-from gpt2_jax.sharding import traced_for_accelerators
+from gpt2_jax.sharding import traced_for
 from shapes import TINY, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 64))
@@ -293,19 +293,71 @@ def test_dtype_names():
         dtype_named("fp16")
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize(
-    ("n_in", "kernel"), [(1, (6, 3, 4)), (2, (3, 4, 6)), (1, (9, 2))]
+    ("n_in", "kernel"), [(1, (6, 3, 2, 4)), (1, (6, 3, 4)), (2, (3, 4, 6)), (1, (9, 2))]
 )
-def test_the_gradient_of_a_projection_is_the_usual_one(n_in, kernel):
+def test_the_gradient_of_an_affine_map_is_the_usual_one(
+    platform, use_bias, n_in, kernel
+):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, *kernel[:n_in])).astype(np.float32)
     kernel = rng.normal(size=kernel).astype(np.float32)
-    dy = rng.normal(size=(2, 5, *kernel.shape[n_in:])).astype(np.float32)
-    y, backward = jax.vjp(lambda x, k: project(x, k, n_in), x, kernel)
-    usual, usual_backward = jax.vjp(lambda x, k: jnp.tensordot(x, k, n_in), x, kernel)
-    np.testing.assert_allclose(y, usual, rtol=1e-6, atol=1e-6)  # rounding
-    for got, expected in zip(backward(dy), usual_backward(dy), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)  # rounding
+    out = kernel.shape[n_in:]
+    bias = rng.normal(size=math.prod(out)).astype(np.float32)
+    dy = rng.normal(size=(2, 5, *out)).astype(np.float32)
+    args = (x, kernel, bias) if use_bias else (x, kernel)
+
+    def usual(x, kernel, bias=None):
+        y = jnp.tensordot(x, kernel, n_in)
+        return y if bias is None else y + bias.reshape(out)
+
+    def ours(x, kernel, bias=None):
+        return affine(x, kernel, bias, n_in)
+
+    with traced_for(platform):
+        y, backward = jax.vjp(ours, *args)
+        gradients = backward(dy)
+    expected, usual_backward = jax.vjp(usual, *args)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)  # rounding
+    for got, wanted in zip(gradients, usual_backward(dy), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-5)  # rounding
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("kernel", [(64, 3, 2, 4), (64, 8)])
+def test_in_bfloat16_sums_are_float32(platform, kernel):
+    """Of 64 ones that bfloat16, which ends at 256, would lose beside it."""
+    x = np.ones((1, 64), jnp.bfloat16)
+    x[0, 0] = 256
+    kernel = np.ones(kernel, np.float32)
+    bias = np.full(kernel[0].size, 4, np.float32)
+    with traced_for(platform):
+        y, backward = jax.vjp(lambda *args: affine(*args, 1), x, kernel, bias)
+        dx, dkernel, dbias = backward(jnp.ones_like(y))
+    assert y.dtype == (jnp.float32 if platform == "cpu" else jnp.bfloat16)
+    np.testing.assert_array_equal(y, np.full(y.shape, 323).astype(y.dtype))
+    assert [v.dtype for v in (dx, dkernel, dbias)] == [x.dtype, np.float32, np.float32]
+    np.testing.assert_array_equal(dkernel[:2].reshape(2, -1)[:, 0], [256, 1])
+    np.testing.assert_array_equal(dbias, np.ones_like(bias))
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu", "silu"])
+def test_of_an_activation_accelerators_keep_what_went_in(name):
+    x = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    f = partial(activate, name=name)
+    y, usual = jax.vjp(f, x)
+    for platform in ("tpu", "gpu"):
+        with traced_for(platform):
+            got, backward = jax.vjp(f, x)
+            np.testing.assert_allclose(got, y, rtol=0, atol=1e-6)  # rounding
+            np.testing.assert_allclose(
+                *(b(np.ones_like(x))[0] for b in (backward, usual)), rtol=0, atol=1e-6
+            )
+        kept = [v for v in jax.tree.leaves(backward) if np.ndim(v)]
+        assert [v.shape for v in kept] == [x.shape]
+    assert len([v for v in jax.tree.leaves(usual) if np.ndim(v)]) > 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -345,17 +397,8 @@ def test_a_layer_norm_in_bfloat16_is_rounded_once():
     assert backward(y)[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_the_gradient_of_a_bias_is_a_sum_over_rows(monkeypatch, backend):
-    y, dy = np.random.default_rng(0).normal(size=(2, 4, 5, 2, 3)).astype(np.float32)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    _, backward = jax.vjp(add_bias, y, np.ones((2, 3), np.float32))
-    got_y, got_bias = backward(dy)
-    np.testing.assert_array_equal(got_y, dy)
-    np.testing.assert_allclose(got_bias, dy.sum((0, 1)), rtol=0, atol=1e-5)
-
-
-def test_the_form_for_cpus_is_the_form_for_accelerators():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_form_for_cpus_is_the_form_for_accelerators(platform):
     """Logits and gradients, with more tokens than attend together."""
     cfg = dataclasses.replace(TINY, n_positions=QUERIES + 30)
     model = GPT2(cfg)
@@ -372,7 +415,7 @@ def test_the_form_for_cpus_is_the_form_for_accelerators():
         return text, jax.tree.leaves(grad(params))
 
     here, ours = run()
-    with traced_for_accelerators():
+    with traced_for(platform):
         there, theirs = run()
     assert here != there
     for got, expected in zip(ours, theirs, strict=True):

@@ -1,0 +1,97 @@
+"""Kernels for NVIDIA GPUs, written in Pallas for Triton."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+LEAST = np.finfo(np.float32).min  # finite: less itself it is 0
+COLUMNS = 8192  # of a row, that all threads of a program hold at a time
+
+
+def softmax_cross_entropy(
+    logits_MV: jax.Array,
+    targets_M: jax.Array,
+    mask_M: jax.Array | None,
+    *,
+    n_valid: int,
+    dtype: Any,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """-log softmax(logits)[target] in nats, and its gradient by the logits.
+
+    A program goes through a row twice. The second time it is still in the cache, as
+    each multiprocessor has one row at a time: memory is read once, by XLA's programs
+    twice.
+
+    Args:
+      logits_MV: float32.
+      targets_M: int32.
+      mask_M: bool, the rows that count, others give 0; None: all.
+      n_valid: of V; logits from here on have no part, and a gradient of 0.
+      dtype: of the gradient.
+      interpret: run it on a CPU, slowly.
+
+    Returns:
+      float32 [M], and [M, V].
+    """
+    M, V = logits_MV.shape
+    counts_M = jnp.ones(M, jnp.int32) if mask_M is None else mask_M.astype(jnp.int32)
+    row = pl.BlockSpec((None, V), lambda i: (i, 0))
+    number = pl.BlockSpec((None,), lambda i: (i,))
+    return pl.pallas_call(
+        partial(_softmax_cross_entropy, V=V, n_valid=n_valid),
+        grid=(M,),
+        in_specs=[row, number, number],
+        out_specs=[number, row],
+        out_shape=[
+            jax.ShapeDtypeStruct((M,), jnp.float32),
+            jax.ShapeDtypeStruct((M, V), dtype),
+        ],
+        # All threads that a multiprocessor holds, if each has more than 32 registers.
+        compiler_params=triton.CompilerParams(num_warps=32, num_stages=1),
+        interpret=interpret,
+        name="softmax_cross_entropy",
+    )(logits_MV, targets_M, counts_M)
+
+
+def _softmax_cross_entropy(
+    logits_ref, target_ref, counts_ref, nll_ref, dlogits_ref, *, V, n_valid
+):
+    target, counts = target_ref[...], counts_ref[...] != 0
+    n = pl.cdiv(V, COLUMNS)
+
+    def columns(j):
+        return pl.ds(j * COLUMNS, COLUMNS), j * COLUMNS + jnp.arange(COLUMNS)
+
+    def load(j):
+        at, id_C = columns(j)
+        return triton.load(logits_ref.at[at], mask=id_C < n_valid, other=LEAST)
+
+    def add(j, so_far):
+        """The sums are of exponentials of logits less the greatest so far."""
+        greatest_C, sum_C = so_far
+        logits_C = load(j)
+        before_C, greatest_C = greatest_C, jnp.maximum(greatest_C, logits_C)
+        sum_C = sum_C * jnp.exp(before_C - greatest_C) + jnp.exp(logits_C - greatest_C)
+        return greatest_C, sum_C
+
+    start = jnp.full(COLUMNS, LEAST), jnp.zeros(COLUMNS)
+    greatest_C, sum_C = jax.lax.fori_loop(0, n, add, start)
+    greatest = greatest_C.max()
+    log_sum = greatest + jnp.log((sum_C * jnp.exp(greatest_C - greatest)).sum())
+    nll = log_sum - triton.load(logits_ref.at[target])
+    nll_ref[...] = jnp.where(counts, nll, 0.0)
+
+    def write(i, _):
+        j = n - 1 - i  # what was read last is the surest to be in the cache
+        at, id_C = columns(j)
+        dlogits_C = jnp.exp(load(j) - log_sum) - (id_C == target)
+        dlogits_C = jnp.where(counts, dlogits_C, 0.0).astype(dlogits_ref.dtype)
+        triton.store(dlogits_ref.at[at], dlogits_C, mask=id_C < V)
+
+    jax.lax.fori_loop(0, n, write, None)
