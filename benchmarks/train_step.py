@@ -70,11 +70,11 @@ SETTINGS = [
     Setting("124M, 1 x 512", *GPT2, 1, 512, 9),
     Setting("124M, 4 x 64", *GPT2, 4, 64, 12),
 ]
-# Of cards with 80 GB each begins with twice what fits.
+# Ours and nanoGPT begin with the largest power of 2 that 80 GB hold.
 GPU_SETTINGS = [
-    Setting("124M", 12, 12, 768, 50304, 1024, 256, 1024, 30, most=128),
-    Setting("355M", 24, 16, 1024, 50304, 1024, 128, 1024, 21, most=64),
-    Setting("1558M", 48, 25, 1600, 50304, 1024, 128, 1024, 12, remat="block", most=16),
+    Setting("124M", 12, 12, 768, 50304, 1024, 128, 1024, 30, most=64),
+    Setting("355M", 24, 16, 1024, 50304, 1024, 64, 1024, 21, most=32),
+    Setting("1558M", 48, 25, 1600, 50304, 1024, 32, 1024, 12, remat="dots", most=8),
 ]
 
 NANOGPT = """
