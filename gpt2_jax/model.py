@@ -85,6 +85,8 @@ def activate(x: jax.Array, name: str) -> jax.Array:
     widest of a block, several times over, and memory is slower than the computation.
     """
     function = ACTIVATIONS[name]
+    if x.dtype == jnp.float32:
+        x = _held(x)  # GELU by cuBLAS, within its product, is for less precision
     return function(x) if on_cpu() else jax.checkpoint(function)(x)
 
 

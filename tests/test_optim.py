@@ -20,7 +20,7 @@ from gpt2_jax.optim import (
     make_optimizer,
     schedule,
 )
-from gpt2_jax.sharding import make_mesh, tree_shardings
+from gpt2_jax.sharding import make_mesh, traced_for, tree_shardings
 from gpt2_jax.train_step import abstract_state
 from shapes import TINY, random_params
 
@@ -74,19 +74,20 @@ def flat(tree):
 
 
 @lru_cache
-def compiled(cfg):
+def compiled(cfg, platform="cpu"):
     """The optimizer of a run of 100 updates, and its jitted step."""
     optimizer = make_optimizer(cfg, 100)
 
     def step(params, state, grads, loss):
-        return optimizer.apply(grads, state, params, loss)[:2]
+        with traced_for(platform):
+            return optimizer.apply(grads, state, params, loss)[:2]
 
     return optimizer, jax.jit(step)
 
 
-def run(cfg, n, between=lambda i, step, params, state: (params, state)):
+def run(cfg, n, between=lambda i, step, params, state: (params, state), **kwargs):
     """n updates; `between` is called before each of them."""
-    optimizer, step = compiled(cfg)
+    optimizer, step = compiled(cfg, **kwargs)
     params = drawn(0)
     state = optimizer.init(params)
     for i in range(n):
@@ -283,9 +284,10 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("cfg", [EMA, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("bad", BAD)
-def test_after_a_bad_batch_all_is_as_if_it_had_never_been(cfg, bad):
+def test_after_a_bad_batch_all_is_as_if_it_had_never_been(cfg, bad, platform):
     grads, loss = BAD[bad]
 
     def between(i, step, params, state):
@@ -307,8 +309,8 @@ def test_after_a_bad_batch_all_is_as_if_it_had_never_been(cfg, bad):
         params["ln_f"]["scale"] = params["ln_f"]["scale"].at[0].set(-0.0)
         return params, state
 
-    params, state = run(cfg, 5, between)
-    expected, expected_state = run(cfg, 5, clean)
+    params, state = run(cfg, 5, between, platform=platform)
+    expected, expected_state = run(cfg, 5, clean, platform=platform)
     assert_same_bits((params, state.inner), (expected, expected_state.inner))
     assert int(state.skipped) == 4
     assert int(state.skipped_in_row) == 0
