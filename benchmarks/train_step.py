@@ -73,8 +73,8 @@ SETTINGS = [
 # Ours and nanoGPT begin with the largest power of 2 that 80 GB hold.
 GPU_SETTINGS = [
     Setting("124M", 12, 12, 768, 50304, 1024, 128, 1024, 30, most=64),
-    Setting("355M", 24, 16, 1024, 50304, 1024, 64, 1024, 21, most=32),
-    Setting("1558M", 48, 25, 1600, 50304, 1024, 32, 1024, 12, remat="dots", most=8),
+    Setting("355M", 24, 16, 1024, 50304, 1024, 64, 1024, 15, most=32),
+    Setting("1558M", 48, 25, 1600, 50304, 1024, 32, 1024, 9, remat="dots", most=8),
 ]
 
 NANOGPT = """

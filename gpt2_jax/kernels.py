@@ -70,7 +70,7 @@ def _softmax_cross_entropy(
 
     def load(j):
         at, id_C = columns(j)
-        # As n_valid need not be even, numbers would be loaded one at a time by its mask.
+        # By a mask that ends at n_valid, as odd as it is, they would be loaded singly.
         logits_C = triton.load(logits_ref.at[at], mask=id_C < V, other=LEAST)
         return jnp.where(id_C < n_valid, logits_C, LEAST)
 
