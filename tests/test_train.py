@@ -11,13 +11,14 @@ from gpt2_jax import train as train_module
 from gpt2_jax.data.loader import TextExamples, train_examples
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.model import abstract_params
-from gpt2_jax.sharding import make_mesh, tree_shardings
+from gpt2_jax.sharding import make_mesh, traced_for, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer
 from gpt2_jax.train import (
     StopSignals,
     global_batch,
     make_model,
     make_writable,
+    scans_layers,
     train,
 )
 from gpt2_jax.train_config import TrainConfig, changes, plain
@@ -166,6 +167,14 @@ def test_the_batch_grows_by_tokens_and_leaves_no_example_out():
     assert [len(b) for b in batches] == [4] * 3 + [8] * 4 + [16] * 5
     assert [i for b in batches for i in b] == list(range(3 * 4 + 4 * 8 + 5 * 16))
     assert config(batch_size=6).batch(7) == range(42, 48)
+
+
+@pytest.mark.parametrize(
+    ("platform", "scanned"), [("cpu", []), ("gpu", [25, 48]), ("tpu", [1, 24, 25, 48])]
+)
+def test_layers_are_scanned_where_that_pays(platform, scanned):
+    with traced_for(platform):
+        assert [n for n in (1, 24, 25, 48) if scans_layers(n)] == scanned
 
 
 @pytest.mark.slow
