@@ -61,6 +61,7 @@ from gpt2_jax.train_step import (
     state_of,
     train_step,
 )
+from gpt2_jax.xla_flags import step_options
 
 
 class DivergedError(ValueError):
@@ -786,6 +787,7 @@ def jit_step(
             lora=cfg.adapters,
         ),
         donate_argnums=0,
+        compiler_options=step_options(os.environ),
         out_shardings=(
             jax.tree.map(lambda x: x.sharding, state),
             sharding.replicated(mesh),

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 HOUSE = [
     "cli",
     "lm_eval",
-    "xla_flags",
     "__init__",
     "tasks",
     "lm",
@@ -59,6 +58,7 @@ HOUSE = [
     "metrics",
     "profiling",
     "environment",
+    "xla_flags",
     "distributed",
     "losses",
     "kernels",

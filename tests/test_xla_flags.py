@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from gpt2_jax import xla_flags
-from gpt2_jax.xla_flags import GPU, TPU, set_flags
+from gpt2_jax.sharding import traced_for
+from gpt2_jax.xla_flags import GPU, GPU_STEP, TPU, set_flags, step_options
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_what_is_given_wins(machine):
 
 def test_this_xla_knows_each_flag_for_gpus():
     """XLA ends a process that is given a flag that it does not know."""
-    flags = " ".join(f"--{k}={v}" for k, v in GPU.items())
+    flags = " ".join(f"--{k}={v}" for k, v in {**GPU, **GPU_STEP}.items())
     for text, known in [(flags, True), (flags + " --xla_gpu_no_such_flag=1", False)]:
         process = subprocess.run(
             [sys.executable, "-c", "import jax; jax.devices()"],
@@ -59,3 +60,13 @@ def test_this_xla_knows_each_flag_for_gpus():
             check=False,
         )
         assert (process.returncode == 0) == known
+
+
+def test_options_of_the_step_are_for_gpus_and_yield_to_flags():
+    assert step_options({}) is None
+    with traced_for("tpu"):
+        assert step_options({}) is None
+    with traced_for("gpu"):
+        assert step_options({}) == GPU_STEP
+        given = {"XLA_FLAGS": "--xla_dump_to=/tmp/x --xla_gpu_enable_triton_gemm=true"}
+        assert step_options(given) == {"xla_gpu_dot_merger_threshold_mb": 0}
