@@ -172,14 +172,14 @@ def ours(text: Path, s: Setting, how: str) -> float | None:
         log = Path(workdir) / "log"
         with log.open("w") as file:
             environ = {"XLA_CLIENT_MEM_FRACTION": "0.95", **os.environ}
-            run = subprocess.Popen(command, stdout=file, stderr=file, env=environ)
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environ)
         metrics = Path(workdir) / "metrics.jsonl"
         records: list[dict] = []
-        while run.poll() is None and (not records or records[-1]["step"] < s.steps):
+        while process.poll() is None and (not records or records[-1]["step"] < s.steps):
             time.sleep(0.2)
             records = read_metrics(metrics)
-        run.kill()
-        if run.wait() != -signal.SIGKILL:
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
             return failed(command, log.read_text())
     timed = [r for r in records if "step_seconds" in r and r["step"] > s.warm_up]
     return 1e3 * statistics.median(r["step_seconds"] for r in timed)

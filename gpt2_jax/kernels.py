@@ -24,9 +24,8 @@ def softmax_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """-log softmax(logits)[target] in nats, and its gradient by the logits.
 
-    A program goes through a row twice. The second time it is still in the cache, as
-    each multiprocessor has one row at a time: memory is read once, by XLA's programs
-    twice.
+    A program goes through a row twice, one a multiprocessor at a time, so that the row
+    may be in the cache the second time. XLA goes through all rows before it does so.
 
     Args:
       logits_MV: float32.

@@ -250,8 +250,9 @@ def _softmax_cross_entropy(logits_MV, targets_M, mask_M, *, n_valid, dtype):
 
 
 def _merge(one, other):
-    """Of two parts of a row the greatest logit, the sum of exponentials of logits less
-    that, and the target's logit or 0."""
+    """Of two parts of a row: the greatest logit, the sum of exponentials of logits less
+    that one, and the target's logit or 0.
+    """
     greatest = jnp.maximum(one[0], other[0])
     sums = (s * jnp.exp(g - greatest) for g, s, _ in (one, other))
     return greatest, sum(sums), one[2] + other[2]
