@@ -282,7 +282,7 @@ def _products(x, kernel, dy, n_in, dtype):
 def _held(x: Any) -> Any:
     """x, which a GPU writes to memory before it is used.
 
-    Else XLA would compute it once more in each of its uses, write it in float32, or make
+    XLA would compute it once more in each of its uses, write it in float32, or make
     it part of a product.
     """
     return jax.lax.optimization_barrier(x) if on_gpu() else x
