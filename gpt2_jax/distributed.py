@@ -94,8 +94,8 @@ def run(job: Job, program: Callable[[], int]) -> int:
         return program()
     if _CHILD not in os.environ:
         return _supervise()
-    pipe = int(os.environ.pop(_CHILD))
-    _die_with_parent()
+    pipe, parent = map(int, os.environ.pop(_CHILD).split())
+    _die_with_parent(parent)
     status = 1
     try:
         _connect(job, pipe)
@@ -220,7 +220,7 @@ def _supervise() -> int:
     read, write = os.pipe()
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
-        env={**os.environ, _CHILD: str(write)},
+        env={**os.environ, _CHILD: f"{write} {os.getpid()}"},
         pass_fds=[write],
         process_group=0,  # a Ctrl-C reaches it once, through this process
     )
@@ -282,8 +282,14 @@ def _say_lost(why: str) -> None:
     )
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
+    """Has this process killed when its parent ends, or ends it, if that has ended.
+
+    An orphan would go on with the run beside the one that is started in its place.
+    """
     pr_set_pdeathsig = 1  # linux/prctl.h
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)

@@ -154,3 +154,21 @@ def test_signals_are_passed_on_and_no_orphan_is_left(tmp_path):
     while stat.exists() and stat.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.05)
+
+
+def test_no_orphan_begins_to_work(tmp_path):
+    """Its parent is gone before it has come as far as to ask for being told so."""
+    script = tmp_path / "child.py"
+    begin = "if distributed._CHILD in os.environ: os.read(0, 1)\n"
+    lines = CHILD.format(act="pass").splitlines(keepends=True)
+    script.write_text("".join([*lines[:4], begin, *lines[4:]]))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, script], **pipes) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        while not children.read_text():
+            time.sleep(0.05)
+        parent.kill()
+        parent.wait(30)
+        parent.stdin.write(b"!")  # which the child waits for
+        parent.stdin.flush()
+        assert parent.stdout.read() == b""  # until the child has ended, too
