@@ -48,7 +48,11 @@ def command(workdir: Path, text: Path, process: int, port: int) -> list[str]:
     if _PROCESSES.value > 1:
         words += [
             *(f"--coordinator_address=127.0.0.1:{port}", f"--process_id={process}"),
-            *(f"--num_processes={_PROCESSES.value}", "--peer_timeout=20"),
+            *(
+                f"--num_processes={_PROCESSES.value}",
+                "--peer_timeout=20",
+                "--start_timeout=60",
+            ),
         ]
     return words
 
