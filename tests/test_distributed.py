@@ -166,6 +166,7 @@ def test_no_orphan_begins_to_work(tmp_path):
     with subprocess.Popen([sys.executable, script], **pipes) as parent:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         while not children.read_text():
+            assert parent.poll() is None, "it ended before it had a child"
             time.sleep(0.05)
         parent.kill()
         parent.wait(30)
