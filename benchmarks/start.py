@@ -6,8 +6,9 @@ python benchmarks/start.py --layers=12,48 --n_embd=64 --scan --rounds=3
 Cold: nothing is compiled yet. Warm: the same command once more, with the programs that
 the first one left in JAX's persistent compilation cache. A process imports gpt2_jax,
 makes parameters and optimizer state, and updates them once, as the trainer does; data
-and checkpoints are left out. Beside it stands what of that went into compiling, or into
-reading what was compiled. --scan takes the form that accelerators get, on a CPU too.
+and checkpoints are left out. Beside all of it stands what came after the imports
+(jitting: to trace, lower, compile and run), and what of that went into compiling, or
+into reading what was compiled. --scan takes the form that accelerators get, on a CPU too.
 """
 
 import json
@@ -22,9 +23,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+import numpy as np
+from absl import flags
+
+from gpt2_jax import cli, optim, sharding
+from gpt2_jax.tokenizer import NoTokenizer
+from gpt2_jax.train import jit_step, make_model
+from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.train_step import init_state
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
+LEFT_OUT = ("PYTHONDONTWRITEBYTECODE",)  # modules are compiled once, not at each start
 
 _LAYERS = flags.DEFINE_list("layers", ["12", "48"], "Depths, measured in turn.")
 _N_EMBD = flags.DEFINE_integer("n_embd", 64, "A head has 64 of it.")
@@ -39,26 +48,20 @@ class Start(NamedTuple):
     """Seconds."""
 
     all: float
+    jitting: float  # after all imports
     compiling: float
 
 
 def work(n_layer: int) -> None:
-    import jax
-    import numpy as np
+    import jax  # which gpt2_jax has imported, as in the scripts
 
-    compiling = []
+    begun, compiling = time.time(), []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("/backend_compile_duration"):
             compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    from gpt2_jax import optim, sharding
-    from gpt2_jax.tokenizer import NoTokenizer
-    from gpt2_jax.train import jit_step, make_model
-    from gpt2_jax.train_config import TrainConfig
-    from gpt2_jax.train_step import init_state
-
     T, n_embd = _TOKENS.value, _N_EMBD.value
     c = runpy.run_path(str(DEFAULT))["get_config"]()
     c.update(batch_size=1, block_size=T)
@@ -72,7 +75,8 @@ def work(n_layer: int) -> None:
         state = init_state(model, optimizer, mesh, seed=0)
         step = jit_step(cfg, model, optimizer, state, mesh, _VOCAB.value)
         jax.block_until_ready(step(state, np.zeros((1, 1, T + 1), np.int32)))
-    print(json.dumps([time.time(), sum(compiling)]))
+    ended = time.time()
+    print(json.dumps([ended, ended - begun, sum(compiling)]))
 
 
 def start(n_layer: int, cache: str) -> Start:
@@ -83,12 +87,12 @@ def start(n_layer: int, cache: str) -> Start:
     begun = time.time()
     printed = subprocess.run(
         [sys.executable, *sys.argv, f"--worker={n_layer}", "--verbosity=-1"],
-        env={**os.environ, **cached},
+        env={k: v for k, v in os.environ.items() if k not in LEFT_OUT} | cached,
         check=True,
         stdout=subprocess.PIPE,
     ).stdout
-    ended, compiling = json.loads(printed)
-    return Start(ended - begun, compiling)
+    ended, *parts = json.loads(printed)
+    return Start(ended - begun, *parts)
 
 
 def main(_: list[str]) -> None:
@@ -111,4 +115,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -823,14 +823,15 @@ def init(model: GPT2, key: jax.Array, *, stacked: bool = False) -> Params:
     """
     cfg = model.cfg
     top_key, layers_key = jax.random.split(key)
-    shallow = model.clone(cfg=dataclasses.replace(cfg, n_layer=1), attention="xla")
-    params = shallow.init(top_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = model.init(
+        top_key, tokens, method=lambda m, ids: m.ln_f(m.wte(ids) + m.wpe(ids))
+    )["params"]
     block = Block(cfg, model.dtype, model.param_dtype, "xla", None)
     inputs = (jnp.zeros((1, 1, cfg.n_embd)), None, 0, None)
     layers = jax.vmap(lambda k: block.init(k, *inputs)["params"])(
         jax.random.split(layers_key, cfg.n_layer)
     )
-    del params[f"{LAYER}0"]
     params[STACKED] = layers
     return params if stacked else unstack_layers(params)
 

@@ -188,8 +188,9 @@ def init_state(
     lora: LoraConfig | None = None,
 ) -> TrainState:
     """A fresh state, each shard made where it lives; with `lora` that of adapters."""
-    make = partial(_init_state, model, optimizer, lora)
-    return jax.jit(make, out_shardings=_shardings(model, optimizer, mesh, lora))(seed)
+    make = jax.jit(partial(_init_state, model, optimizer, lora))  # traced once
+    shardings = sharding.tree_shardings(jax.eval_shape(make, seed), mesh)
+    return jax.jit(make, out_shardings=shardings)(seed)
 
 
 def state_of(
