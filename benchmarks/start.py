@@ -8,7 +8,8 @@ the first one left in JAX's persistent compilation cache. A process imports gpt2
 makes parameters and optimizer state, and updates them once, as the trainer does; data
 and checkpoints are left out. Beside all of it stands what came after the imports
 (jitting: to trace, lower, compile and run), and what of that went into compiling, or
-into reading what was compiled. --scan takes the form that accelerators get, on a CPU too.
+into reading what was compiled. --scan takes the form that accelerators get, on a CPU
+too.
 """
 
 import json

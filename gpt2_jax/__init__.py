@@ -2,7 +2,7 @@
 
 import gc
 
-# Looking for garbage while modules are loaded takes a third of the time, and finds none.
+# To look for garbage while modules load takes a third of the time, and finds none.
 _collects = gc.isenabled()
 gc.disable()
 try:

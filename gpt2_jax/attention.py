@@ -1,5 +1,8 @@
 """Causal attention: over a sequence, and over a cache."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,12 @@ from gpt2_jax.sharding import BATCH, compute_capability, n_batch_shards, on_cpu
 UNSEEN = np.finfo(np.float32).min  # finite: a row that sees nothing is not NaN
 
 BACKENDS = ("auto", "xla", "cudnn", "pallas")
+STAND_IN = "stand-in"  # of a kernel, where a program is compiled and never run
+
+
+class Place(NamedTuple):
+    platform: str  # as jax.default_backend()
+    capability: float | None  # of an NVIDIA GPU
 
 
 def check_attention(name: str) -> None:
@@ -26,21 +35,24 @@ def attention_backend(
     *,
     dropout: bool,
     mesh: Mesh | None,
+    place: Place | None = None,
 ) -> str:
-    """What computes `causal_attention` of such queries here: xla, cudnn or pallas.
+    """What computes `causal_attention` of such queries: xla, cudnn or pallas.
 
     Args:
       asked: one of BACKENDS; auto: a kernel that holds no scores, where one can run.
       dropout: whether probabilities are dropped.
+      place: where they are computed; None: here.
 
     Raises:
       ValueError: on an unknown name, and when what is asked for cannot run, why.
     """
     check_attention(asked)
     B, T, H, K = shape_BTHK
+    place = place or Place(jax.default_backend(), compute_capability())
     for name, obstacle in (
-        ("cudnn", _obstacle_to_cudnn(K, jnp.dtype(dtype).name)),
-        ("pallas", _obstacle_to_pallas(B, T, H, mesh)),
+        ("cudnn", _obstacle_to_cudnn(place, K, jnp.dtype(dtype).name)),
+        ("pallas", _obstacle_to_pallas(place, B, T, H, mesh)),
     ):
         if dropout:
             obstacle = "it has no dropout of probabilities (attn_pdrop)"
@@ -51,11 +63,11 @@ def attention_backend(
     return "xla"
 
 
-def _obstacle_to_cudnn(K: int, dtype: str) -> str | None:
+def _obstacle_to_cudnn(place: Place, K: int, dtype: str) -> str | None:
     """Source: cuDNN's support matrix, as `jax.nn.dot_product_attention` checks it."""
-    capability = compute_capability()
+    capability = place.capability
     if capability is None:
-        return f"it needs an NVIDIA GPU, this is a {jax.default_backend()}"
+        return f"it needs an NVIDIA GPU, this is a {place.platform}"
     if capability < 8:
         return f"it needs compute capability 8.0 or more, this GPU has {capability}"
     if dtype not in ("bfloat16", "float16"):
@@ -69,9 +81,11 @@ def _obstacle_to_cudnn(K: int, dtype: str) -> str | None:
 LANES = 128  # of a TPU's vector unit
 
 
-def _obstacle_to_pallas(B: int, T: int, H: int, mesh: Mesh | None) -> str | None:
-    if jax.default_backend() != "tpu":
-        return f"it needs a TPU, this is a {jax.default_backend()}"
+def _obstacle_to_pallas(
+    place: Place, B: int, T: int, H: int, mesh: Mesh | None
+) -> str | None:
+    if place.platform != "tpu":
+        return f"it needs a TPU, this is a {place.platform}"
     if T % LANES:
         return f"{T=} is not a multiple of {LANES}"
     if mesh is None:
@@ -104,7 +118,7 @@ def causal_attention(
       q_BTHK, k_BTHK, v_BTHK: of whole sequences.
       scale: of the scores; GPT-2's is 1 / sqrt(K).
       dropout_rate: on the probabilities, when a `dropout_key` is given.
-      attention: one of BACKENDS; see `attention_backend`.
+      attention: one of BACKENDS, see `attention_backend`; or STAND_IN.
       mesh: over which rows and heads are spread, which pallas needs to know.
       segment_BT: int32; a token sees those of its own segment only. None: all. Of
         [B, T, 2] the second is another segment that it sees as well.
@@ -115,6 +129,8 @@ def causal_attention(
     Raises:
       ValueError: when `attention` cannot run here.
     """
+    if attention == STAND_IN:
+        return _stand_in(q_BTHK, k_BTHK, v_BTHK, scale, segment_BT)
     dropout = dropout_key is not None and dropout_rate > 0
     backend = attention_backend(
         attention, q_BTHK.shape, q_BTHK.dtype, dropout=dropout, mesh=mesh
@@ -218,6 +234,25 @@ def _by_pallas(
             check_vma=False,
         )
     return attend(q_BTHK, k_BTHK, v_BTHK, segment_BT)
+
+
+def _stand_in(q_BTHK, k_BTHK, v_BTHK, scale, segment_BT):
+    """In the memory of a kernel: a few queries at a time, again for the gradient."""
+    T = q_BTHK.shape[1]
+    size = math.gcd(T, 32)
+
+    @jax.checkpoint
+    def attend(at):
+        q_BtHK = jax.lax.dynamic_slice_in_dim(q_BTHK, at, size, axis=1)
+        k_BHKT, v_BHTK = _like_cache(k_BTHK, v_BTHK, v_BTHK.dtype)
+        seen = jnp.arange(T) <= at + jnp.arange(size)[:, None]
+        if segment_BT is not None:
+            own_Bt = jax.lax.dynamic_slice_in_dim(segment_BT, at, size, axis=1)
+            seen &= (own_Bt[:, :, None] == segment_BT[:, None])[:, None]
+        return _attend(q_BtHK.transpose(0, 2, 1, 3), k_BHKT, v_BHTK, seen, scale)
+
+    att_nBHtK = jax.lax.map(attend, jnp.arange(0, T, size))
+    return att_nBHtK.transpose(1, 0, 3, 2, 4).reshape(q_BTHK.shape)
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -29,7 +29,6 @@ To decode (see `gpt2_jax.weights`), a `weight` [*out, *in] may stand for a kerne
 channels beside.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

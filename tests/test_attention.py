@@ -8,6 +8,7 @@ import pytest
 from gpt2_jax import attention
 from gpt2_jax.attention import (
     QUERIES,
+    STAND_IN,
     attention_backend,
     cached_attention,
     causal_attention,
@@ -116,6 +117,29 @@ def test_blocks_of_queries_are_the_same_function(dtype, tolerance, segmented):
         attention._by_xla, dropout_rate=0.0, dropout_key=None, segment_BT=segment
     )
     check_same(blocks, plain, qkv, tolerance)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_the_stand_in_is_the_same_function_in_less_memory(segmented):
+    T = 256
+    qkv = jax.random.normal(jax.random.key(0), (3, 2, T, 3, 16))
+    segment = np.repeat(segments_of([130, 20, T - 150]), 2, axis=0)
+    segment = segment if segmented else None
+    stand_in = partial(causal_attention, attention=STAND_IN, segment_BT=segment)
+    plain = partial(
+        attention._by_xla, dropout_rate=0.0, dropout_key=None, segment_BT=segment
+    )
+    check_same(stand_in, plain, qkv, 1e-5)  # the same sums in another order
+
+    def temporaries(attend):
+        def loss(*qkv):
+            return attend(*qkv, scale=0.25).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 2 * 3 * T * T  # bytes
+    assert temporaries(stand_in) < scores < temporaries(plain)
 
 
 def test_scales_that_are_traced_are_the_same_ones(monkeypatch):

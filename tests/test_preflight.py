@@ -63,7 +63,7 @@ def _compile_once():
     compiled = {}
 
     def compile_once(cfg, model, optimizer, state, mesh, n_valid):
-        key = repr((cfg, mesh.shape_tuple))
+        key = repr((cfg, model.attention, mesh.shape_tuple))
         if key not in compiled:
             compiled[key] = compile_step(cfg, model, optimizer, state, mesh, n_valid)
         return compiled[key]
@@ -127,6 +127,25 @@ def test_the_peak_grows_with_the_microbatch():
     assert activations[0] / activations[1] == pytest.approx(2, rel=0.1)
 
 
+GPU = Chip(("gpu",), ("NVIDIA X",), 1e12, 2**40, 1e9)
+
+
+def test_scores_are_held_where_the_chip_has_no_kernel_for_them():
+    long = {"block_size": 128, "model__n_positions": 128, "dtype": "bfloat16"}
+    values = {**long, "batch_size": 2, "model__n_layer": 2, "n": 1}
+
+    def temporaries(chip, **more):
+        return plan_of(chip=chip, **values, **more).trials[1].temporaries
+
+    scores = 2 * 2 * 2 * 4 * 128**2  # bytes in bfloat16, of 2 layers and texts, 4 heads
+    for chip in (GPU, BIG):
+        fused = temporaries(chip)
+        assert temporaries(chip, attention="xla") - fused > scores
+        assert temporaries(chip, model__attn_pdrop=0.1) - fused > scores
+    with pytest.raises(ValueError, match=r"'pallas' cannot run: it needs a TPU, .*gpu"):
+        temporaries(GPU, attention="pallas")
+
+
 def test_flops_time_and_speed_by_hand():
     found = plan_of(chip=chip_named("v4"), mfu=0.25)
     N = N_PARAMS - P * D
@@ -168,7 +187,7 @@ def test_the_program_is_that_of_the_training_loop(monkeypatch, tmp_path):
             return jitted
 
         def call(*arguments):
-            compiled = jitted.lower(*arguments).compile()
+            compiled = jitted.lower(*arguments).compile(preflight.COMPILER_OPTIONS)
             executed.append(memory_of(compiled))
             return compiled(*arguments)
 
@@ -254,7 +273,7 @@ def test_the_text_says_what_fits_and_the_flag_to_give():
 
 def test_a_gpu_that_is_nearly_filled_needs_more_than_jax_takes():
     found = plan_of()
-    gpu = Chip(("gpu",), ("NVIDIA X",), 1e12, int(found.trials[1].peak / 0.8), 1e9)
+    gpu = dataclasses.replace(GPU, memory=int(found.trials[1].peak / 0.8))
     assert "XLA_CLIENT_MEM_FRACTION=0.9" in render(plan_of(chip=gpu))
     assert "MEM_FRACTION" not in render(found)
     assert "MEM_FRACTION" not in render(plan_of(chip=chip_named("h100")))
