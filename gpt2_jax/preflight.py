@@ -9,11 +9,10 @@ is near to what an accelerator needs, but not the same:
 - A CPU multiplies some bfloat16 factors in float32 copies, and in another order.
 - TPUs pad arrays to tiles.
 
-Of five programs (124M over 4 devices without rematerialisation and with remat=dots,
-355M over 4 with dots, 1.5B over 8 without and with remat=block) XLA:TPU wanted 0.71,
-0.73, 0.77, 0.72, 0.77 times the peak of XLA:CPU, compiled for v5e with jax 0.10.2 and
-libtpu 0.0.52, and XLA:GPU 0.85, 0.88, 0.99, 0.85 and 0.82 times, compiled for an H100
-with jax 0.11.2. Programs of an earlier form went up to 1.14. Hence `HEADROOM`.
+Of programs of 124M, 355M and 1.5B, with 2 to 256 examples a device, without
+rematerialisation and with each kind of it, XLA:TPU wanted 0.92 to 1.16 times the peak
+of XLA:CPU, compiled for v5e with jax 0.10.2 and libtpu 0.0.52, and XLA:GPU 0.75 to 1.16
+times, compiled for an H100 with jax 0.11.2. Hence `HEADROOM`.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ from gpt2_jax.train import jit_step, make_model
 from gpt2_jax.train_config import TrainConfig
 from gpt2_jax.train_step import TrainState, abstract_state
 
-HEADROOM = 0.15  # share of a chip's memory that is kept free
+HEADROOM = 0.2  # share of a chip's memory that is kept free
 
 COMPILER_OPTIONS = {
     # Memory is assigned before machine code is made; nobody runs that, so it may be
@@ -375,8 +374,8 @@ usable             {size_of(plan.usable_bytes)}, {HEADROOM:.0%} are kept free
 microbatches  examples a device        peak
 {_table(plan)}
 
-Peaks are XLA:CPU's for this mesh. XLA:TPU took 0.7 to 0.8 times as much, XLA:GPU
-0.8 to 1.
+Peaks are XLA:CPU's for this mesh. XLA:TPU took 0.9 to 1.2 times as much, XLA:GPU
+0.7 to 1.2.
 {_verdict(plan)}"""
 
 
@@ -403,8 +402,8 @@ def _verdict(plan: Plan) -> str:
         )
     examples = plan.device_batch_size(plan.smallest)
     said += f"; the most that fits: --config.device_batch_size={examples}"
-    if plan.chip.is_gpu and plan.trials[plan.smallest].peak > 0.75 * plan.chip.memory:
+    if plan.chip.is_gpu and plan.trials[plan.smallest].peak > 0.65 * plan.chip.memory:
         said += (
-            "\nfor which XLA_CLIENT_MEM_FRACTION=0.9 has to be set: JAX takes 75% else"
+            "\nfor which XLA_CLIENT_MEM_FRACTION=0.95 has to be set: JAX takes 75% else"
         )
     return said

@@ -273,7 +273,7 @@ def make_model(
     model = GPT2(
         config,
         dtype=dtype_named(cfg.dtype),
-        scan_layers=scans_layers(config.n_layer),
+        scan_layers=scans_layers(config.n_layer, cfg.remat),
         remat=cfg.remat,
         attention=cfg.attention,
         mesh=mesh,
@@ -288,16 +288,16 @@ def make_model(
     return model
 
 
-def scans_layers(n_layer: int) -> bool:
+def scans_layers(n_layer: int, remat: str) -> bool:
     """Whether so many layers are trained by a scan.
 
     Written out, a program compiles in a time that grows with them, and one for GPUs
     saves a copy of what is kept for the gradient: of 124M a step takes 0.83 times as
-    long there. Deep models are those that keep little of it (`remat`).
+    long there. But then XLA:GPU keeps what `remat` would have it compute again.
     """
     if sharding.on_cpu():
         return False
-    return n_layer > 24 or not sharding.on_gpu()
+    return n_layer > 24 or remat != "none" or not sharding.on_gpu()
 
 
 def model_config(

@@ -273,8 +273,8 @@ def test_the_text_says_what_fits_and_the_flag_to_give():
 
 def test_a_gpu_that_is_nearly_filled_needs_more_than_jax_takes():
     found = plan_of()
-    gpu = dataclasses.replace(GPU, memory=int(found.trials[1].peak / 0.8))
-    assert "XLA_CLIENT_MEM_FRACTION=0.9" in render(plan_of(chip=gpu))
+    gpu = dataclasses.replace(GPU, memory=int(found.trials[1].peak / 0.7))
+    assert "XLA_CLIENT_MEM_FRACTION=0.95" in render(plan_of(chip=gpu))
     assert "MEM_FRACTION" not in render(found)
     assert "MEM_FRACTION" not in render(plan_of(chip=chip_named("h100")))
 
@@ -409,9 +409,9 @@ def test_1558m_is_planned(chip, n_devices, remat):
     state = found["params"] + found["optimizer"]
     assert found["fits"]
     assert state + found["params"] < peaks[2] <= found["usable"]
-    # Of its own two examples, not of all: of these the probabilities of 48 layers of 25
-    # heads, in float32 and bfloat16, take 15 GB, and other activations as much again.
-    assert peaks[2] < (50e9 if remat == "none" else 8e9)
+    # Of its own two examples, not of all, and no scores: what 48 layers keep of each is
+    # 16 times 1024 x 1600 in bfloat16, 2.5 GB.
+    assert peaks[2] < (12e9 if remat == "none" else 8e9)
     fitting = [each for each, peak in peaks.items() if peak <= found["usable"]]
     assert found["most"] == max(fitting)
     assert peaks.get(2 * found["most"], found["usable"] + 1) > found["usable"]

@@ -173,8 +173,12 @@ def test_the_batch_grows_by_tokens_and_leaves_no_example_out():
     ("platform", "scanned"), [("cpu", []), ("gpu", [25, 48]), ("tpu", [1, 24, 25, 48])]
 )
 def test_layers_are_scanned_where_that_pays(platform, scanned):
+    depths = [1, 24, 25, 48]
     with traced_for(platform):
-        assert [n for n in (1, 24, 25, 48) if scans_layers(n)] == scanned
+        assert [n for n in depths if scans_layers(n, "none")] == scanned
+        # without a scan XLA:GPU would keep what is to be computed again
+        with_remat = [n for n in depths if scans_layers(n, "dots")]
+    assert with_remat == ([] if platform == "cpu" else depths)
 
 
 @pytest.mark.slow
