@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import distributed, sharding
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.metrics import size_of
 from gpt2_jax.model import Params, unstack_layers
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
 
@@ -102,11 +104,16 @@ class Checkpoints:
           base: where params are adapters, of what: its `model`, `step` and `sha256`.
           best: the evaluation of least loss: its `step` and `val_loss`, and how many
             came `since`.
+
+        Raises:
+          OSError: in all processes, where there is no space for it.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         tree = as_tree(state)
+        self.wait()  # for the one before, which removes an older one
+        distributed.first_alone(partial(_check_space, self.folder, tree))
         metrics = {} if val_loss is None else {VAL_LOSS: val_loss}
         meta = {
             "format": FORMAT,
@@ -150,6 +157,21 @@ class Checkpoints:
     def close(self) -> None:
         if not self._given_up:
             self._manager.close()
+
+
+def _check_space(folder: Path, tree: Any) -> None:
+    """Raises OSError where it can't hold the arrays of a tree.
+
+    Found out in the midst of a save, it ends one process of a job; Orbax has the others
+    wait for 20 minutes then.
+    """
+    size = sum(x.nbytes for x in jax.tree.leaves(tree))
+    usage = shutil.disk_usage(folder)
+    if usage.free < size and usage.total:  # some file systems of buckets say 0
+        raise OSError(
+            f"no space for a checkpoint of {size_of(size)}: {folder} has "
+            f"{size_of(usage.free)} free"
+        )
 
 
 def as_tree(state: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,26 @@ def test_a_step_that_is_there_is_left_alone(tmp_path):
     save(tmp_path, a_state(mesh, 1, seed=5))
     back = restore(tmp_path / "1", mesh)
     jax.tree.map(np.testing.assert_array_equal, back["params"], state.params)
+
+
+def test_a_save_for_which_there_is_no_space_is_not_begun(tmp_path, monkeypatch):
+    mesh = make_mesh(8, 1, 1)
+    state = a_state(mesh, 2)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+
+    def has(total, free):
+        usage = SimpleNamespace(total=total, free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    has(10 * size, size)
+    save(tmp_path, a_state(mesh, 1))
+    has(10 * size, size - 1)
+    with pytest.raises(OSError, match=r"no space for a checkpoint of .* MiB: .* free"):
+        save(tmp_path, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    has(0, 0)  # it does not know
+    save(tmp_path, state)
+    assert checkpoint.check_steps(tmp_path) == [1, 2]
 
 
 def test_a_step_is_found(saved, tmp_path):
