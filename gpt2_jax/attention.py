@@ -18,8 +18,10 @@ STAND_IN = "stand-in"  # of a kernel, where a program is compiled and never run
 
 
 class Place(NamedTuple):
-    platform: str  # as jax.default_backend()
-    capability: float | None  # of an NVIDIA GPU
+    """Devices, which need not be here."""
+
+    platform: str  # as `jax.default_backend()` gives it
+    capability: float | None  # of NVIDIA GPUs
 
 
 def check_attention(name: str) -> None:

@@ -25,7 +25,7 @@ from gpt2_jax.options import (
 )
 from gpt2_jax.xla_flags import set_flags
 
-gc.freeze()  # what is loaded stays: collections need not go through it, now and in run
+gc.freeze()  # what is loaded stays: no collection need go through it
 
 _TRACEBACK = flags.DEFINE_bool(
     "traceback", False, "Show the Python traceback of an error in the input."
@@ -42,7 +42,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     # program is started from and gpt2_jax is installed.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     set_flags(os.environ)
-    gc.freeze()
+    gc.freeze()  # nor through what was loaded since
     # A cache, where one is named, is to hold the small programs too: there are many.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
