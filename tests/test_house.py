@@ -1,11 +1,15 @@
 """The shape of the house: who imports whom, and what stays outside."""
 
 import ast
+import gc
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import gpt2_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -242,3 +246,14 @@ def test_configs_say_how_to_run_them(name):
     # The default alone is no run: it shows how any config is run.
     assert named
     assert set(named) == {"NAME" if name == "default" else name}
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_an_import_leaves_the_garbage_collector_as_it_was(collects):
+    if not collects:
+        gc.disable()
+    try:
+        importlib.reload(gpt2_jax)
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
