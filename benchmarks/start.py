@@ -34,7 +34,6 @@ from gpt2_jax.train_config import TrainConfig
 from gpt2_jax.train_step import init_state
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
-LEFT_OUT = ("PYTHONDONTWRITEBYTECODE",)  # modules are compiled once, not at each start
 
 _LAYERS = flags.DEFINE_list("layers", ["12", "48"], "Depths, measured in turn.")
 _N_EMBD = flags.DEFINE_integer("n_embd", 64, "A head has 64 of it.")
@@ -81,14 +80,17 @@ def work(n_layer: int) -> None:
 
 
 def start(n_layer: int, cache: str) -> Start:
-    cached = {
+    environ = {
+        **os.environ,
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    # Modules are compiled once, not at each start.
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
     begun = time.time()
     printed = subprocess.run(
         [sys.executable, *sys.argv, f"--worker={n_layer}", "--verbosity=-1"],
-        env={k: v for k, v in os.environ.items() if k not in LEFT_OUT} | cached,
+        env=environ,
         check=True,
         stdout=subprocess.PIPE,
     ).stdout

@@ -239,7 +239,11 @@ def _by_pallas(
 
 
 def _stand_in(q_BTHK, k_BTHK, v_BTHK, scale, segment_BT):
-    """In the memory of a kernel: a few queries at a time, again for the gradient."""
+    """In the memory of a kernel: a few queries at a time, again for the gradient.
+
+    As `causal_attention`, with segments [B, T] or none. Keys and values are transposed
+    within the loop, so that none of it is kept for the gradient but the arguments.
+    """
     T = q_BTHK.shape[1]
     size = math.gcd(T, 32)
 

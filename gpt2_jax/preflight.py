@@ -182,7 +182,8 @@ def plan(
     plain = dataclasses.replace(cfg, attention="auto")
     model = make_model(plain, tokenizer, mesh, base=base.config if base else None)
     attention = planned_attention(cfg, model, chip)
-    model = model.clone(scan_layers=True, attention=attention)  # as on accelerators
+    # Written out, as on GPUs without remat, layers would take longer to compile here.
+    model = model.clone(scan_layers=True, attention=attention)
     optimizer = make_optimizer(cfg.optim, cfg.steps)
     state = abstract_state(model, optimizer, mesh, cfg.adapters)
     frozen = abstract_state(model, optimizer, mesh).params if cfg.adapters else {}
