@@ -74,6 +74,8 @@ HOUSE = [
     "cache",
     "chips",
     "config",
+    "files",
+    "checks",
     "data",
     "interop",
 ]
