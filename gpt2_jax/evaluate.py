@@ -15,6 +15,7 @@ from gpt2_jax import checkpoint, sharding
 from gpt2_jax.batches import in_order
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.sft import sft_splits
+from gpt2_jax.files import is_url, user_path
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_hash
@@ -78,11 +79,12 @@ def _text_split(
     block_size: int,
     workdir: str | Path,
 ) -> Examples:
-    given = Path(data["path"])
-    is_prepared = (given / "index.json").is_file()
-    folders = [given if is_prepared else Path(workdir) / "data"]
+    folders = [Path(workdir) / "data"]
     if data.get("mixture"):
-        folders = [Path(path) for path, _ in data["mixture"]]
+        folders = [user_path(path) for path, _ in data["mixture"]]
+    elif data["path"] and not is_url(data["path"]):
+        given = user_path(data["path"])
+        folders = [given] if (given / "index.json").is_file() else folders
     packing = data.get("packing", "flat")
     examples = TextExamples(folders, split, block_size=block_size, packing=packing)
     if examples.parts[0].index.tokenizer_hash != tokenizer_hash(tokenizer):
@@ -128,7 +130,8 @@ def evaluate_run(
         there, or the data are of another tokenizer.
     """
     check_dtype(dtype)
-    folder = checkpoint.find_step(Path(workdir), step)
+    workdir = user_path(workdir)
+    folder = checkpoint.find_step(workdir, step)
     contract = checkpoint.read_contract(folder)
     data, block_size = contract.run["data"], contract.run["block_size"]
     if data.get("kind") == "sft":

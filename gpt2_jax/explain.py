@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import user_path
 from gpt2_jax.model import GPT2, Params, attention_weights
 from gpt2_jax.options import integer
 
@@ -87,7 +88,7 @@ class Explanation:
 
     def save(self, path: str | Path) -> None:
         """Writes the page of `to_html`."""
-        Path(path).write_text(self.to_html(), encoding="utf-8")
+        user_path(path).write_text(self.to_html(), encoding="utf-8")
 
     def __repr__(self) -> str:
         return f"<Explanation of {len(self.tokens)} tokens>"

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import stat
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checks import one_line
+from gpt2_jax.checks import one_line, shown
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -17,16 +20,45 @@ _KINDS = {
 }
 
 
+def is_url(path: object) -> bool:
+    """Whether it is the URL of something that is not on this machine."""
+    scheme = _SCHEME.match(str(path))
+    return scheme is not None and scheme[1].lower() != "file"
+
+
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """The path, with `~` and `~user` as shells read them.
+    """The path that a user means: every path from outside goes through here.
+
+    `~` and `~user` are home folders, as in a shell, and `file://` URLs are paths.
 
     Raises:
-      ValueError: where there is no such user.
+      ValueError: on what can't be the path of a file or folder of this machine: another
+        URL, the home of nobody, an empty path, a NUL byte, a name that is too long.
     """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{path}: there is no home folder of that name") from None
+    text = os.fsdecode(path)
+    if not text:
+        raise ValueError("a path is empty")
+    if "\0" in text:
+        raise ValueError(f"{shown(text)} has a NUL byte, which no path has")
+    if is_url(text):
+        raise ValueError(f"{shown(text)} is a URL, not a path of this machine")
+    if _SCHEME.match(text):
+        host, slash, rest = text.split("://", 1)[1].partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise ValueError(f"{shown(text)}: file:///PATH is a file of this machine")
+        text = slash + urllib.parse.unquote(rest)
+    if text.startswith("~"):
+        expanded = os.path.expanduser(text)
+        if expanded.startswith("~"):
+            raise ValueError(f"{shown(text)}: there is no home folder of that name")
+        text = expanded
+    longest = max(text.split("/"), key=len)
+    for what, limit in ((text, 4095), (longest, 255)):  # Linux's limits, in bytes
+        if (size := len(os.fsencode(what))) > limit:
+            raise ValueError(
+                f"{shown(text)}: a path or name of {size} bytes is longer than {limit}"
+            )
+    return Path(text)
 
 
 def check_regular(path: Path) -> None:

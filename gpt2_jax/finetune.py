@@ -1,6 +1,5 @@
 """Runs that begin with the weights of another model, whoever wrote it."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 from gpt2_jax import sharding
 from gpt2_jax.checkpoint import params_hash
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import user_path
 from gpt2_jax.interop.formats import Source, open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, tokenizer_hash
@@ -42,7 +42,7 @@ def adapted(
                 f"{ours}, for its parameters stay as they are"
             )
     params = load_params(source, model.cfg, tokenizer, mesh, seed=0)
-    path = Path(init_from)
+    path = user_path(init_from)
     said = {
         "model": str(path.resolve()) if path.exists() else init_from,
         "step": source.step,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gpt2_jax.data.sources import Document, documents, examples_of_hub, open_file
 from gpt2_jax.detokenize import detokenize
+from gpt2_jax.files import user_path
 from gpt2_jax.lm import LanguageModel, load
 from gpt2_jax.score import Row, Score, sliding_rows
 from gpt2_jax.sharding import make_mesh
@@ -465,7 +466,8 @@ def evaluate_task(
       ValueError, OSError: as `prepare` and `load`; and where the `.jsonl` is of another
         evaluation.
     """
-    if out is not None and Path(out).suffix != ".json":
+    out = None if out is None else user_path(out)
+    if out is not None and out.suffix != ".json":
         raise ValueError(f"out={str(out)!r} must end in .json")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"{batch_size=} must be >= 1")
@@ -475,7 +477,7 @@ def evaluate_task(
     if out is None:
         found = run(lm, prepared.examples, batch_size=batch_size)
     else:
-        with Results(Path(out).with_suffix(".jsonl"), lm, task, prepared) as results:
+        with Results(out.with_suffix(".jsonl"), lm, task, prepared) as results:
             found = run(lm, prepared.examples, results, batch_size=batch_size)
     at = "" if lm.step is None else f" at step {lm.step}"
     figures = {
@@ -486,7 +488,7 @@ def evaluate_task(
         said: dict[str, Any] = {"task": task, "model": model, "step": lm.step}
         said |= {"dtype": dtype, "path": path, **dataclasses.asdict(options)}
         said["figures"] = {name: figure._asdict() for name, figure in figures.items()}
-        Path(out).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return figures
 
 

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpt2_jax.files import user_path
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -746,7 +748,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises FileNotFoundError that says what was looked for; ValueError as
     `tokenizer_from_files` does, with the path in front.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         kind, names = _find_in(path)
         files = {name: (path / name).read_bytes() for name in names}
@@ -799,7 +801,7 @@ def _of_file(path: Path) -> tuple[str, tuple[str, ...]]:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes `files()` into `folder`, made if need be: `load_tokenizer` reads it."""
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)

@@ -30,6 +30,7 @@ from gpt2_jax.data.sft import sft_splits
 from gpt2_jax.data.tokenizers import build_tokenizer
 from gpt2_jax.environment import environment
 from gpt2_jax.evaluate import evaluate, make_eval_step
+from gpt2_jax.files import user_path
 from gpt2_jax.generate import generate
 from gpt2_jax.interop.formats import load_base
 from gpt2_jax.lora import with_adapters
@@ -95,11 +96,7 @@ def train(
       ValueError, OSError: on bad input, with nothing of the run lost.
       DivergedError: when `optim.max_skipped` is exceeded.
     """
-    if "://" in str(workdir):
-        raise ValueError(
-            f"workdir={workdir} must be a folder, which all hosts of a job share"
-        )
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     if profiled and profiled.start >= cfg.steps:
         raise ValueError(
             f"profile_steps={profiled.start}:{profiled.stop} begins after "
@@ -195,7 +192,7 @@ def open_data(
                 "path, or init_from"
             )
         tokenizer = build_tokenizer(kind, vocab_size=vocab_size)
-        _check_unchanged(Path(data.path), workdir)
+        _check_unchanged(user_path(data.path), workdir)
         splits, n_cut = sft_splits(
             data.path,
             tokenizer,
@@ -207,7 +204,7 @@ def open_data(
         if n_cut:
             _note(f"{n_cut} examples of more than block_size + 1 tokens were cut")
         return tokenizer, dict(splits)
-    folders = [Path(path) for path, _ in data.mixture] or [
+    folders = [user_path(path) for path, _ in data.mixture] or [
         prepared_folder(
             data.path or None,
             workdir / "data",

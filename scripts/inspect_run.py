@@ -6,11 +6,10 @@ It is not called inspect.py: a script's folder comes first when Python imports, 
 many packages import the standard library's `inspect`.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from gpt2_jax import cli
+from gpt2_jax.files import user_path
 from gpt2_jax.inspect_run import describe
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -19,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=T
 def main(_: list[str]) -> None:
     from configs import default  # found since cli.run looks beside scripts/
 
-    print(describe(Path(_WORKDIR.value), default.get_config().to_dict()))
+    print(describe(user_path(_WORKDIR.value), default.get_config().to_dict()))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ python scripts/plot.py --workdirs=runs/quickstart --out=curves.png
 python scripts/plot.py --workdirs=runs/a,runs/b --out=curves.png --x=tokens
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from gpt2_jax import cli
+from gpt2_jax.files import user_path
 from gpt2_jax.plot import AXES, draw_curves
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of runs.", required=True)
@@ -17,7 +16,8 @@ _X = flags.DEFINE_enum("x", "step", AXES, "What lies along the x axis.")
 
 
 def main(_: list[str]) -> None:
-    draw_curves([Path(path) for path in _WORKDIRS.value], Path(_OUT.value), x=_X.value)
+    runs = [user_path(path) for path in _WORKDIRS.value]
+    draw_curves(runs, user_path(_OUT.value), x=_X.value)
     print(_OUT.value)
 
 

@@ -30,8 +30,27 @@ def test_home_is_the_users(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert user_path("~/run") == Path("/home/me/run")
     assert user_path("a/~b") == Path("a/~b")
-    with pytest.raises(ValueError, match="no home folder of that name"):
-        user_path("~no-such-user/x")
+    assert user_path("file:///a%20b") == user_path("file://localhost/a%20b")
+    assert user_path("file:///a%20b") == Path("/a b")
+    assert user_path("a ") == Path("a ")  # a name may end in a space
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("~no-such-user/x", "no home folder of that name"),
+        ("", "a path is empty"),
+        ("a\0b", r"'a\\x00b' has a NUL byte"),
+        ("gs://bucket/run", "is a URL, not a path of this machine"),
+        ("file://host/run", "file:///PATH is a file of this machine"),
+        ("x" * 256, "a path or name of 256 bytes is longer than 255"),
+        ("x/" * 2048, "a path or name of 4096 bytes is longer than 4095"),
+    ],
+)
+def test_what_is_no_path(path, why):
+    with pytest.raises(ValueError, match=why) as caught:
+        user_path(path)
+    assert len(str(caught.value)) <= 150
 
 
 def test_only_regular_files_are_read(tmp_path):

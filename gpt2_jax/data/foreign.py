@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.data.shards import SPLITS, VERSION, Index, Shard, Split
+from gpt2_jax.data.sources import is_remote
+from gpt2_jax.files import user_path
 from gpt2_jax.interop import nanogpt
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 
@@ -27,10 +29,10 @@ _NAME = re.compile(rf"{_SPLIT}\.bin|.+[_-]{_SPLIT}(?:[_-]\d+)?\.bin")
 
 def is_foreign(path: str | Path | None) -> bool:
     """Whether it is a folder with shards for training, and none of ours."""
-    if path is None or "://" in str(path) or not Path(path).is_dir():
+    if path is None or is_remote(path) or not (folder := user_path(path)).is_dir():
         return False
-    ours = (Path(path) / "index.json").is_file()
-    return not ours and "train" in (split for split, _ in _shards(Path(path)))
+    ours = (folder / "index.json").is_file()
+    return not ours and "train" in (split for split, _ in _shards(folder))
 
 
 def _shards(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -49,7 +51,7 @@ def tokenizer_of(folder: str | Path, given: Tokenizer | None = None) -> Tokenize
 
     Raises ValueError where there is none, and on a damaged one.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     found = given or nanogpt.tokenizer_beside(folder / "train.bin")
     if found is not None:
         return found
@@ -66,13 +68,13 @@ def fingerprint(folder: str | Path, tokenizer: Tokenizer) -> dict[str, object]:
     """What an index of the folder depends on: names, sizes, times, the tokenizer."""
     digest = hashlib.sha256()
     size = 0
-    for split, file in _shards(Path(folder)):
+    for split, file in _shards(user_path(folder)):
         status = file.stat()
         size += status.st_size
         stamp = f"{split}\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0"
         digest.update(stamp.encode())
     return {
-        "path": str(Path(folder).resolve()),
+        "path": str(user_path(folder).resolve()),
         "bytes": size,
         "documents": digest.hexdigest(),
         "tokenizer": tokenizer_hash(tokenizer),
@@ -98,7 +100,7 @@ def read_index(
         raise ValueError(f"{dtype=} is not one of {', '.join(DTYPES)}")
     found: dict[str, list[Shard]] = {}
     first: tuple[str, Path] | None = None
-    for split, file in _shards(Path(folder).resolve()):
+    for split, file in _shards(user_path(folder).resolve()):
         kind, shard = _shard(file, dtype, tokenizer.vocab_size)
         first = first or (kind, file)
         if kind != first[0]:

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gpt2_jax.data.prepare import load_index
+from gpt2_jax.files import user_path
 
 
 class TokenDataset:
@@ -31,7 +32,7 @@ class TokenDataset:
             raise ValueError(
                 f"{folder} has no {split} split, only {', '.join(self.index.splits)}"
             )
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split = user_path(folder), split
         dtype = np.dtype(self.index.dtype).newbyteorder("<")
         shards = self.index.splits[split].shards
         self._shards = [

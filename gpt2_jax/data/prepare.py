@@ -32,9 +32,10 @@ from tqdm import tqdm
 from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.encode import Counts, Job, encoded, make_plan
 from gpt2_jax.data.shards import SPLITS, VERSION, Index, dtype_for, read_index
-from gpt2_jax.data.sources import Document, Paths, Place, Records
+from gpt2_jax.data.sources import Document, Paths, Place, Records, is_remote
 from gpt2_jax.data.tokenizers import KINDS, build_tokenizer, check_seed
 from gpt2_jax.data.workplace import State, Workplace, Writer, is_ours
+from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -110,7 +111,7 @@ def _cut_fingerprint(
 def _absolute(path: Paths) -> Any:
     if not isinstance(path, str | Path):
         return [_absolute(each) for each in path]
-    return str(path) if ":" in str(path) else str(Path(path).resolve())
+    return str(path) if is_remote(path) else str(user_path(path).resolve())
 
 
 def prepare(
@@ -172,7 +173,7 @@ def prepare(
         tokenizer = build_tokenizer(tokenizer, vocab_size=vocab_size)
     given = [path] if path is None or isinstance(path, str | Path) else list(path)
     if len(given) == 1 and foreign.is_foreign(given[0]):
-        return _refer(Path(str(given[0])), out, tokenizer, dtype)
+        return _refer(user_path(str(given[0])), out, tokenizer, dtype)
     if dtype is not None:
         raise ValueError(f"{dtype=} is of token shards, and {path} holds none")
     if "-" not in given:
@@ -290,9 +291,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def _place(out: str | Path) -> Path:
-    if "://" in str(out):
-        raise ValueError(f"out={out} must be a folder of this machine")
-    out = Path(out).absolute()
+    out = user_path(out).absolute()
     if out.exists() and not (out.is_dir() and is_ours(out)):
         raise FileExistsError(f"{out} exists and is not a folder of prepared data")
     return out
@@ -320,7 +319,7 @@ def load_index(folder: str | Path) -> Index:
     """
     if foreign.is_foreign(folder):
         return foreign.read_index(folder, foreign.tokenizer_of(folder))
-    return read_index(Path(folder))
+    return read_index(user_path(folder))
 
 
 def prepared_folder(
@@ -343,12 +342,14 @@ def prepared_folder(
       ValueError: when `out` holds data that were asked for in another way; and as
         `prepare` and `load_index`.
     """
-    if path is not None and (Path(path) / "index.json").is_file():
-        load_index(path)
-        return Path(path)
+    if path is not None and not is_remote(path):
+        given = user_path(path)
+        if (given / "index.json").is_file():
+            load_index(given)
+            return given
     is_there = (out / "index.json").is_file()
     if path is not None and foreign.is_foreign(path):
-        chosen = _foreign_tokenizer(Path(path), tokenizer)
+        chosen = _foreign_tokenizer(user_path(path), tokenizer)
         source: Mapping[str, Any] = foreign.fingerprint(path, chosen)
     elif path is None and is_there:
         # Python's own text changes with its version, and takes a second to collect.

@@ -23,6 +23,7 @@ import numpy as np
 
 from gpt2_jax.data.loader import Batch, InOrder
 from gpt2_jax.data.shards import SPLITS
+from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import Tokenizer
 
 ASSISTANT = "assistant"
@@ -62,7 +63,7 @@ def read_examples(
       ValueError: on a line that holds no example, or a completion that does not fit,
         naming file and line; and on a file without any.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file of examples: {path}")
     examples, n_cut = [], 0

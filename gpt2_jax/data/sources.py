@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from gpt2_jax.files import is_url, user_path
+
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 FORMATS = ("auto", "text", "jsonl", "parquet")
@@ -329,7 +331,7 @@ def _hf_source(name: str, field: str) -> Records:
 
 def open_file(name: str) -> BinaryIO:
     """A path, or a URL by fsspec, for reading."""
-    if "://" not in name:
+    if not is_url(name):
         return open(name, "rb")
     filesystem, path = _remote(name)
     with _reading(name):
@@ -384,11 +386,9 @@ def documents(
     given = [path] if isinstance(path, str | Path) else list(path)
     found: list[Document | Records] = []
     for each in map(str, given):
-        if not each:
-            raise ValueError("a path is empty")
-        if each.startswith("hf:") and "://" not in each:
+        if is_hub(each):
             found.append(_hf_source(each, field))
-        elif "://" in each:
+        elif is_url(each):
             found += _remote_files(each, field, form)
         else:
             found += (
@@ -406,13 +406,27 @@ def documents(
     return found
 
 
+def is_hub(path: str) -> bool:
+    """Whether it names a data set: hf:NAME[:CONFIG[:SPLIT]]."""
+    return path.startswith("hf:") and not is_url(path)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether what it stands for is not a file or folder of this machine."""
+    return str(path) == "-" or is_hub(str(path)) or is_url(path)
+
+
 def split_paths(flags: Iterable[str]) -> list[str]:
     """The paths of repeatable flags, which may hold several with commas between."""
     return [
         path
         for flag in flags
-        for path in ([flag] if Path(flag).exists() else flag.split(","))
+        for path in ([flag] if _is_there(flag) else flag.split(","))
     ]
+
+
+def _is_there(path: str) -> bool:
+    return "," not in path or (not is_url(path) and user_path(path).exists())
 
 
 def _listed(given: Sequence[str | Path]) -> str:
@@ -487,7 +501,7 @@ def text_files(path: str | Path) -> list[Path]:
 
     Raises FileNotFoundError if there is no such path, or no text file in the folder.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         relative = sorted(
             file.relative_to(path).as_posix()

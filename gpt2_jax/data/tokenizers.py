@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpt2_jax.data import sources
 from gpt2_jax.data.sources import Paths
+from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import (
     SENTENCEPIECE_MODELS,
     ByteTokenizer,
@@ -115,7 +116,7 @@ def train_tokenizer(
     Raises FileExistsError if `out` is there; ValueError and OSError as
     `sources.documents`, `train_sentencepiece` and `train_byte_level_bpe`.
     """
-    out = Path(out).absolute()
+    out = user_path(out).absolute()
     if out.exists():
         raise FileExistsError(f"{out} exists already")
     if model not in (allowed := (*SENTENCEPIECE_MODELS, "byte_level")):

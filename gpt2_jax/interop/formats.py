@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import Contract
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import user_path
 from gpt2_jax.interop import hf, llmc, nanogpt, openai_tf
 from gpt2_jax.interop.params import check_tensors, load_params
 from gpt2_jax.interop.tensors import Tensor
@@ -51,7 +52,7 @@ def open_model(
     model: str | Path, *, step: int | str | None = None, revision: str | None = None
 ) -> Source:
     """Finds out what `model` is; arguments and errors as of `lm.load`."""
-    path = Path(model)
+    path = user_path(model)
     parts = ("checkpoints", "metrics.jsonl", "meta")
     if step is not None or any((path / part).exists() for part in parts):
         return _run(path, step)
@@ -201,7 +202,7 @@ def convert(
     dtype_named(dtype)
     if to == "orbax" and dtype != "float32":
         raise ValueError(f"orbax checkpoints are float32 here, not {dtype}")
-    out = Path(out)
+    out = user_path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already")
     source = open_model(model, step=step, revision=revision)

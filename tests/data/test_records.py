@@ -323,7 +323,7 @@ GZIP = gzip.compress(json_lines(TEXTS))
         (given("-", "-"), {}, "standard input, -, is given more than once"),
         (bad_jsonl(GOOD), {"tokenizer": "word"}, "no tokenizer: word does not exist"),
         (bad_jsonl(GOOD), {"seed": 1 << 64}, r"is not less than 2\*\*64"),
-        (bad_jsonl(GOOD), {"out": "gs://b/x"}, "must be a folder of this machine"),
+        (bad_jsonl(GOOD), {"out": "gs://b/x"}, "is a URL, not a path of this machine"),
         (bad_jsonl(GOOD), {"dtype": "uint16"}, "dtype='uint16' is of token shards"),
     ],
 )
