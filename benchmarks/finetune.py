@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from gpt2_jax.metrics import read_metrics
+from gpt2_jax.records import read_metrics
 from gpt2_jax.train import train
 from gpt2_jax.train_config import TrainConfig
 

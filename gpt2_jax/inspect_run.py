@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax.checks import shown
 from gpt2_jax.chips import chip_of
-from gpt2_jax.metrics import EXPECTED_MFU, read_metrics, size_of, time_of
+from gpt2_jax.files import read_json
+from gpt2_jax.metrics import EXPECTED_MFU, size_of, time_of
+from gpt2_jax.records import read_metrics
 from gpt2_jax.train_config import changes
 
 RECENT = 20  # records of whose speeds the median is shown
@@ -21,6 +24,24 @@ WIDTH = 96
 LABEL = 13  # columns
 SAMPLE_LINES = 8
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
+# What is shown of a config, and of a start in environment.jsonl.
+CONFIG = {
+    "steps": int,
+    "batch_size": int,
+    "block_size": int,
+    "dtype": str,
+    "data": dict,
+}
+TEXTS = ["started", "python", "device_kind", "attention", "tokenizer"]
+TEXTS += ["flops_formula", "peak_source"]
+COUNTS = ["processes", "devices", "parameters", "trained", "training_tokens"]
+COUNTS += ["vocab_size", "flops_per_token", "peak_flops"]
+START: dict[str, Any] = {
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(COUNTS, (int, float)),
+    **dict.fromkeys(["packages", "variables", "mesh", "model"], dict),
+    "command": list,
+}
 
 
 def describe(workdir: Path, defaults: Mapping[str, Any]) -> str:
@@ -38,13 +59,11 @@ def describe(workdir: Path, defaults: Mapping[str, Any]) -> str:
     path = workdir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} is no run's folder: no {path.name}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    config = _read_config(path)
     records = read_metrics(workdir / "metrics.jsonl")
     starts = read_metrics(workdir / "environment.jsonl")
-    samples = read_metrics(workdir / "samples.jsonl")
+    starts = [s for s in starts if _is_start(s)]
+    samples = [s for s in read_metrics(workdir / "samples.jsonl") if "sample" in s]
     rows = [
         ("run", _run(workdir, starts)),
         ("config", _config(config, defaults)),
@@ -66,6 +85,28 @@ def describe(workdir: Path, defaults: Mapping[str, Any]) -> str:
 Lines = list[str]
 
 
+def _lacks(record: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
+    """The first name that has no value of its kind in `record`; none: ""."""
+    wrong = (k for k, kind in kinds.items() if not isinstance(record.get(k), kind))
+    return next(wrong, "")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: {shown(config)} is not an object")
+    if name := _lacks(config, CONFIG):
+        value = shown(config.get(name))
+        raise ValueError(f"{path} is damaged: {name}={value}")
+    if config["steps"] < 1:
+        raise ValueError(f"{path} is damaged: steps={config['steps']}")
+    return config
+
+
+def _is_start(record: Mapping[str, Any]) -> bool:
+    return not _lacks(record, START) and not set(SHAPE) - record["model"].keys()
+
+
 def _wrapped(text: str) -> Lines:
     return textwrap.wrap(text, WIDTH - LABEL, break_on_hyphens=False)
 
@@ -75,7 +116,7 @@ def _run(workdir: Path, starts: list[dict[str, Any]]) -> Lines:
     if starts:
         at = ", ".join(f"{s['step']:,}" for s in starts)
         lines += _wrapped(f"started at step {at}; last at {starts[-1]['started']} by")
-        lines += _wrapped(shlex.join(starts[-1]["command"]))
+        lines += _wrapped(shlex.join(map(str, starts[-1]["command"])))
     return lines
 
 
@@ -124,7 +165,7 @@ def _environment(
             *_wrapped(
                 "; ".join(
                     [
-                        f"revision {last['git'] or 'unknown'}",
+                        f"revision {last.get('git') or 'unknown'}",
                         *(f"{k}={v}" for k, v in last["variables"].items()),
                     ]
                 )
@@ -148,7 +189,8 @@ def _progress(config: Mapping[str, Any], records: list[dict[str, Any]]) -> Lines
 
 
 def _losses(records: list[dict[str, Any]]) -> Lines:
-    train = [r for r in records if "loss" in r]
+    names = {"loss", "grad_norm", "learning_rate", "skipped"}
+    train = [r for r in records if names <= r.keys()]
     validation = [r for r in records if "val_loss" in r]
     text = []
     if train:

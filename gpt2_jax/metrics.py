@@ -3,20 +3,26 @@
 import html
 import json
 import resource
+import socket
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.checks import one_line
 from gpt2_jax.chips import chip_of
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.records import cut_records
 
 EXPECTED_MFU = 0.4  # where it is not measured
+FLUSH_SECONDS = 10  # until TensorBoard sees an event, at most
+CLOSE_SECONDS = 30  # in which W&B must have taken what is left
 
 
 def flops_per_token(
@@ -87,10 +93,7 @@ class JsonLines:
     def __init__(self, workdir: Path, end: int) -> None:
         paths = workdir / "metrics.jsonl", workdir / "samples.jsonl"
         for path in paths:
-            kept = [r for r in read_metrics(path) if r["step"] < end]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            temporary.replace(path)
+            cut_records(path, end)
         self._metrics, self._texts = (path.open("a", buffering=1) for path in paths)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -105,24 +108,54 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in the folder `tensorboard`."""
+    """Event files in the folder `tensorboard`.
+
+    They are written by the thread that calls, with no queue between: nothing is lost
+    or waits for ever when a thread of a library has ended.
+    """
 
     def __init__(self, workdir: Path, end: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=end)
+        folder = (workdir / "tensorboard").absolute()
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads files in the order of these numbers, which must go on where
+        # the clock was set back.
+        numbers = (path.name.split(".")[3:4] for path in folder.glob("events.out.*"))
+        last = max(
+            (int(n) for [n] in numbers if n.isascii() and n.isdigit()), default=0
+        )
+        number = max(int(time.time()), last + 1)
+        name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}"
+        self._event, self._summary = Event, summary
+        self._file = RecordWriter(str(folder / name))
+        self._flushed = time.monotonic()
+        self._add(end, file_version="brain.Event:2")
+        # It hides what earlier files hold of these steps.
+        self._add(end, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), step=step, **content)
+        self._file.write(event.SerializeToString())
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._add(step, summary=self._summary.scalar(name, value))
 
     def write_text(self, step: int, name: str, text: str) -> None:
         # TensorBoard shows Markdown: indented, a text stays as it is.
         lines = text.splitlines() or [""]
-        self._board.add_text(name, "\n".join(f"    {x}" for x in lines), step)
+        text = "\n".join(f"    {x}" for x in lines)
+        self._add(step, summary=self._summary.text(name, text))
 
     def close(self) -> None:
-        self._board.close()
+        self._file.flush()
+        self._file.close()
 
 
 class WeightsAndBiases:
@@ -167,7 +200,31 @@ class WeightsAndBiases:
         self._run.log({name: page}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        # It waits for a server, and without end for one that does not answer.
+        thread = _Finishing(self._run.finish)
+        thread.start()
+        thread.join(CLOSE_SECONDS)
+        if thread.error is not None:
+            raise thread.error
+        if thread.is_alive():
+            raise TimeoutError(
+                f"no answer in {CLOSE_SECONDS} seconds: `wandb sync` sends the rest"
+            )
+
+
+class _Finishing(threading.Thread):
+    """A call that may never return."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:  # raised again by who waits for it
+            self.error = error
 
 
 class Writer:
@@ -175,7 +232,8 @@ class Writer:
 
     A resumed run goes on in the same files: what was written for steps after
     `start_step` is taken out first, so that each step stands there once. A run that
-    starts at step 0 writes that step itself.
+    starts at step 0 writes that step itself. What can't be written is said once, and
+    ends no training.
 
     Args:
       wandb_project: of Weights & Biases; "": none.
@@ -192,34 +250,30 @@ class Writer:
     ) -> None:
         end = start_step + 1 if start_step else 0  # of what is kept
         self._sinks: list[Sink] = []
+        self._noted: list[Sink] = []  # those of which it was said that they failed
         if wandb_project:
             self._sinks.append(WeightsAndBiases(workdir, wandb_project, config or {}))
         self._sinks += [JsonLines(workdir, end), TensorBoard(workdir, end)]
 
     def write(self, step: int, **values: float) -> None:
-        for sink in self._sinks:
-            sink.write(step, values)
+        self._each(lambda sink: sink.write(step, values))
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        for sink in self._sinks:
-            sink.write_text(step, name, text)
+        self._each(lambda sink: sink.write_text(step, name, text))
 
     def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
-            sink.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            try:
+                call(sink)
+            except Exception as error:  # those of W&B have no base in common
+                if sink not in self._noted:
+                    self._noted.append(sink)
+                    what = f"{type(sink).__name__}: {one_line(error)}"
+                    text = f"note: the run goes on without all of its records: {what}"
+                    print(text, file=sys.stderr, flush=True)
 
 
 def log_line(step: int, steps: int, values: Mapping[str, float], left: str) -> str:

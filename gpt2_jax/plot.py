@@ -1,6 +1,5 @@
 """Curves of one or several runs as a picture."""
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.metrics import read_metrics
+from gpt2_jax.checks import shown
+from gpt2_jax.files import read_json
+from gpt2_jax.records import read_metrics
 from gpt2_jax.train_config import changes
 
 AXES = ("step", "tokens")
@@ -173,7 +174,10 @@ def value_of(config: Mapping[str, Any], key: str) -> Any:
 
 def _config(workdir: Path) -> dict[str, Any]:
     path = workdir / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    config = read_json(path) if path.exists() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: {shown(config)} is not an object")
+    return config
 
 
 def _records(workdir: Path, x: str) -> list[dict[str, Any]]:

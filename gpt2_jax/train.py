@@ -46,6 +46,7 @@ from gpt2_jax.model import (
 )
 from gpt2_jax.options import Options
 from gpt2_jax.profiling import StepTrace
+from gpt2_jax.records import append_record
 from gpt2_jax.tokenizer import (
     NoTokenizer,
     Tokenizer,
@@ -577,8 +578,7 @@ class _Run:
         """Adds a line to environment.jsonl, which has one for each start of the run."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {"started": now, **environment(), **facts}
-        with (self.workdir / "environment.jsonl").open("a") as f:
-            f.write(json.dumps(record) + "\n")
+        append_record(self.workdir / "environment.jsonl", record)
 
     def _log(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
         """Fetches the metrics of a step, which waits until it is done."""

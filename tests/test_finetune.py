@@ -14,7 +14,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.evaluate import evaluate_run
 from gpt2_jax.finetune import check_tokenizer, load_params, resized
 from gpt2_jax.interop.formats import Source, convert
-from gpt2_jax.metrics import read_metrics
+from gpt2_jax.records import read_metrics
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import BYTES, ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from gpt2_jax.train import train

@@ -60,6 +60,7 @@ HOUSE = [
     "tokenizer",
     "optim",
     "metrics",
+    "records",
     "profiling",
     "environment",
     "xla_flags",

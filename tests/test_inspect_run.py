@@ -122,5 +122,29 @@ def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no run's folder: no config.json"):
         describe(tmp_path, {})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON: "):
+    with pytest.raises(ValueError, match=r"config.json: not JSON "):
         describe(tmp_path, {})
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(
+        ValueError, match=r"config.json is damaged: \[1\] is not an obj"
+    ):
+        describe(tmp_path, {})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"steps": "9"}))
+    with pytest.raises(ValueError, match=r"config.json is damaged: steps='9'"):
+        describe(tmp_path, {})
+
+
+def test_damaged_lines_are_named_and_the_rest_is_shown(workdir, capsys):
+    write(workdir / "environment.jsonl", START, {"step": 7}, [1], START | {"step": 9})
+    write(workdir / "samples.jsonl", {"step": 5, "sample": "a b"}, {"step": 6})
+    (workdir / "metrics.jsonl").write_bytes(
+        b'\xff\n{"step": 40, "loss": 1.0}\n{"step": 50, "val_loss": 2.0}\n{"ste'
+    )
+    said = describe(workdir, CONFIG)
+    assert "started at step 0, 9;" in said
+    assert "validation 2.0000 at step 50" in said
+    assert "of step 5:" in said
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"left out {workdir}/metrics.jsonl, line 1: not UTF-8" in first
+    assert first.endswith(", and 1 more lines")
+    assert f"left out {workdir}/environment.jsonl, line 3: [1] is not" in second

@@ -1,5 +1,10 @@
 import dataclasses
+import json
+import math
+import re
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -7,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from gpt2_jax import metrics
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.metrics import (
     Writer,
@@ -14,8 +20,8 @@ from gpt2_jax.metrics import (
     log_line,
     memory_in_use,
     peak_flops,
-    read_metrics,
 )
+from gpt2_jax.records import LINE_BYTES, append_record, read_metrics
 
 
 def test_flops_by_hand():
@@ -48,18 +54,24 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     ]
 
 
-def test_tensorboard_events_hold_the_values(tmp_path):
-    writer = Writer(tmp_path, 0)
-    writer.write(7, loss=1.5, mfu=0.25)
-    writer.write_text(7, "sample", "once upon")
-    writer.close()
-    [path] = (tmp_path / "tensorboard").iterdir()
+def events(path):
+    """The last (step, value) of each name in a file of TensorBoard's."""
     content, values = path.read_bytes(), {}
     while content:  # length (8), its checksum (4), event, its checksum (4)
         size = int.from_bytes(content[:8], "little")
         event = Event.FromString(content[12 : 12 + size])
         values |= {v.tag: (event.step, v) for v in event.summary.value}
         content = content[16 + size :]
+    return values
+
+
+def test_tensorboard_events_hold_the_values(tmp_path):
+    writer = Writer(tmp_path, 0)
+    writer.write(7, loss=1.5, mfu=0.25)
+    writer.write_text(7, "sample", "once upon")
+    writer.close()
+    [path] = (tmp_path / "tensorboard").iterdir()
+    values = events(path)
     assert values["loss"][0] == 7
     assert values["loss"][1].simple_value == 1.5
     assert values["mfu"][1].simple_value == 0.25
@@ -174,3 +186,98 @@ def test_the_line_of_a_step():
         f"{expected}, 2 skipped, 125 ms, 12,346 tokens/s, MFU 30.0%, data wait 1.0%, "
         "host 1.50 GiB, 00:30 left"
     )
+
+
+BAD_LINES = [
+    (b"\xff\xfe\n", "not UTF-8"),
+    (b"\0\0\0\n", "not JSON"),
+    (b"[1]\n", r"\[1\] is not an object"),
+    (b"5\n", "5 is not an object"),
+    (b"null\n", "None is not an object"),
+    (b'{"step": 2, "lo\n', "not JSON"),
+    (b'{"loss": 1.0}\n', "step=None is not a number of updates"),
+    (b'{"step": "2"}\n', "step='2' is not a number of updates"),
+    (b'{"step": true}\n', "step=True is not a number of updates"),
+    (b'{"step": -1}\n', "step=-1 is not a number of updates"),
+    (b'{"step": 2, "loss": "low"}\n', "'loss' is 'low', no number"),
+    (b'{"step": 2, "loss": null}\n', "'loss' is None, no number"),
+    (b'{"step": 2, "loss": ' + b"9" * 400 + b"}\n", "'loss' is an integer of .* bits"),
+    (b"[" * 100_000 + b"\n", "nested too deep"),
+    (b'"' + b"x" * LINE_BYTES + b"\n", "longer than 16,777,216 bytes"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), BAD_LINES)
+def test_a_bad_line_costs_nothing_but_itself(tmp_path, capsys, line, why):
+    good = [{"step": 1, "loss": 1.5}, {"step": 3, "loss": math.inf}, {"step": 4}]
+    lines = [json.dumps(r).encode() + b"\n" for r in good]
+    path = tmp_path / "metrics.jsonl"
+    before = lines[0] + line + lines[1] + b"\0\0" + lines[2].strip()
+    path.write_bytes(before)
+    assert read_metrics(path) == good
+    [note] = capsys.readouterr().err.splitlines()
+    assert re.match(rf"note: left out {re.escape(str(path))}, line 2: .*{why}", note)
+    assert len(note) < 500
+    Writer(tmp_path, 3).close()
+    [note] = capsys.readouterr().err.splitlines()
+    aside = tmp_path / "metrics.jsonl.damaged"
+    assert note.endswith(f"; {aside} is the file as it was")
+    assert aside.read_bytes() == before
+    assert path.read_bytes() == lines[0] + lines[1]
+    assert read_metrics(path) == good[:2]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_follows_a_line_that_was_cut_is_kept(tmp_path):
+    path = tmp_path / "environment.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 5, "comm')
+    append_record(path, {"step": 9, "fresh": True})
+    append_record(path, {"step": 12})
+    assert [r["step"] for r in read_metrics(path)] == [0, 9, 12]
+
+
+@pytest.mark.parametrize("days", [-30, 30])
+def test_a_clock_that_jumps_delays_nothing(tmp_path, monkeypatch, days):
+    """In a thread of its own: what waits for ever would stop the tests."""
+    real = time.time
+
+    def write():
+        writer = Writer(tmp_path, 0)
+        writer.write(1, loss=1.0)
+        monkeypatch.setattr(time, "time", lambda: real() + 86400 * days)
+        for step in range(2, 60):
+            writer.write(step, loss=1.0, mfu=0.5)
+        writer.close()
+        Writer(tmp_path, 40).close()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    first, second = sorted((tmp_path / "tensorboard").iterdir())
+    assert events(first)["mfu"][0] == 59
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        *range(1, 41)
+    ]
+    # TensorBoard goes by the names: the later file hides what the first has too much
+    assert events(second) == {}
+
+
+def test_records_that_cannot_be_written_end_no_training(tmp_path, capsys, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(wandb, "finish", threading.Event().wait)  # for ever
+    writer = Writer(tmp_path, 0, wandb_project="gpt")
+    monkeypatch.setattr(wandb, "log", None)
+    for step in (1, 2):
+        writer.write(step, loss=1.0)
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: None)
+    writer.close()
+    [note] = capsys.readouterr().err.splitlines()
+    assert "goes on without all of its records: WeightsAndBiases: " in note
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    writer = Writer(tmp_path, 2, wandb_project="gpt")
+    writer.close()
+    [note] = capsys.readouterr().err.splitlines()
+    assert "no answer in 0.1 seconds: `wandb sync` sends the rest" in note

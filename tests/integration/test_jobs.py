@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import load
-from gpt2_jax.metrics import read_metrics
+from gpt2_jax.records import read_metrics
 from test_run import ROOT, arguments, arrays, losses, start, train, wait_for_step
 
 MORE = ["--config.steps=400", "--config.eval.every=1000", "--config.checkpoint.every=7"]

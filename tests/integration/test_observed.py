@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from configs import default
 from gpt2_jax import metrics
 from gpt2_jax.inspect_run import describe
-from gpt2_jax.metrics import read_metrics
+from gpt2_jax.records import read_metrics
 from gpt2_jax.train import train
 from gpt2_jax.train_config import TrainConfig
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import checkpoint, load
-from gpt2_jax.metrics import read_metrics
+from gpt2_jax.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
