@@ -68,7 +68,7 @@ def work(n_layer: int) -> None:
     c.model.update(n_layer=n_layer, n_embd=n_embd, n_head=max(1, n_embd // 64))
     cfg = TrainConfig.from_dict(c.to_dict())
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    model = make_model(cfg, NoTokenizer(_VOCAB.value, 0, "none is needed"), mesh)
+    model = make_model(cfg, NoTokenizer(_VOCAB.value, None, "none is needed"), mesh)
     model = model.clone(scan_layers=model.scan_layers or _SCAN.value)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
     with sharding.traced_for("tpu") if _SCAN.value else nullcontext():

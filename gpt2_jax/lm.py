@@ -34,7 +34,7 @@ from gpt2_jax.score import Row as ScoredRow
 from gpt2_jax.score import Score, score_rows, sliding_rows
 from gpt2_jax.sharding import on_device, tree_shardings
 from gpt2_jax.text import TextStream, completing_tokens
-from gpt2_jax.tokenizer import NoTokenizer, Tokenizer
+from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, encode_prompt
 from gpt2_jax.weights import INT8, check_dtype, model_of, quantize, turned
 
 Ids = Sequence[int] | np.ndarray
@@ -210,14 +210,14 @@ class LanguageModel:
           ValueError: on a bad id, and a stride outside [1, n_positions].
         """
         texts, _, is_batch = self._encode(text, self.tokenizer.encode)
-        limit, eot_id = self.config.n_positions, self.tokenizer.eot_id
+        limit, before = self.config.n_positions, self.tokenizer.eot_id
         stride = max(1, limit // 2) if stride is None else integer("stride", stride)
         rows: list[ScoredRow] = []
         counts = []
         for ids in texts:
             if len(ids):
                 check_ids(ids, self._n_valid)
-            ids = [eot_id, *ids] if eot_id >= 0 else ids
+            ids = ids if before is None else [before, *ids]
             windows = sliding_rows(ids, limit, stride)
             counts.append(len(windows))
             rows += windows
@@ -534,7 +534,7 @@ class LanguageModel:
                 words += {tuple(encode(word)), tuple(encode(" " + word))}
             else:
                 words.append(tuple(word))
-        end_ids = [eot_id] if eot_id >= 0 else []
+        end_ids = [] if eot_id is None else [eot_id]
         request = Request(
             ids,
             options,
@@ -617,7 +617,7 @@ class LanguageModel:
         raise ValueError("a prompt is text, a list of ids, or a list of such prompts")
 
     def _encode_text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text) or [self.tokenizer.eot_id]
+        return encode_prompt(self.tokenizer, text)
 
 
 def _joined(parts: Sequence[Score]) -> Score:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from gpt2_jax.lm import LanguageModel, load
 from gpt2_jax.score import Row, Score, sliding_rows
 from gpt2_jax.sharding import make_mesh
+from gpt2_jax.tokenizer import end_of_text
 from gpt2_jax.xla_flags import set_flags
 
 N_SLOTS = 8  # texts that are generated at a time
@@ -61,10 +62,7 @@ class HarnessModel(TemplateLM):
         else:
             mesh = make_mesh() if jax.device_count() > 1 else None
             self.lm = load(path, step=step, revision=revision, dtype=dtype, mesh=mesh)
-        if self.lm.tokenizer.eot_id < 0:
-            raise ValueError(
-                f"{path}: its tokenizer has no end of text, which empty contexts need"
-            )
+        end_of_text(self.lm.tokenizer, f"{path}: empty contexts need an end of text")
         if not str(batch_size).startswith("auto") and int(batch_size) < 1:
             raise ValueError(f"{batch_size=} must be auto or >= 1")
         auto = str(batch_size).startswith("auto") or int(batch_size) == 1
@@ -72,7 +70,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.lm.tokenizer.eot_id
+        return end_of_text(self.lm.tokenizer, "empty contexts need an end of text")
 
     @property
     def max_length(self) -> int:

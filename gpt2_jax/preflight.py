@@ -178,7 +178,7 @@ def plan(
     given = cfg.microbatches(cfg.batch_size, mesh)
     base = open_model(cfg.init_from) if cfg.init_from else None
     n_tokens = base.tokenizer.vocab_size if base else vocab_size(cfg)
-    tokenizer = NoTokenizer(n_tokens, 0, "a plan needs none")
+    tokenizer = NoTokenizer(n_tokens, None, "a plan needs none")
     plain = dataclasses.replace(cfg, attention="auto")
     model = make_model(plain, tokenizer, mesh, base=base.config if base else None)
     attention = planned_attention(cfg, model, chip)

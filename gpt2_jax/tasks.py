@@ -97,7 +97,7 @@ class Reader:
     def text_rows(self, text: str) -> list[Row]:
         """All tokens of a text, the first one after an end of text if there is one."""
         ids = self.tokenizer.encode(text)
-        if self.tokenizer.eot_id >= 0:
+        if self.tokenizer.eot_id is not None:
             ids = [self.tokenizer.eot_id, *ids]
         stride = self.options.stride
         if stride is None:
@@ -118,7 +118,7 @@ class Reader:
 
     def cut(self, ids: list[int], n_scored: int, where: str) -> Row:
         if n_scored == len(ids):
-            if self.tokenizer.eot_id < 0:
+            if self.tokenizer.eot_id is None:
                 raise ValueError(f"{where}: nothing comes before what is scored")
             ids = [self.tokenizer.eot_id, *ids]
         if not 0 < n_scored <= self.n_positions:
@@ -239,7 +239,8 @@ def _perplexity(texts: Sequence[str], reader: Reader, of: str) -> Prepared:
     n_tokens = sum(row.n_scored for row in rows)
     limit, stride = reader.n_positions, reader.options.stride
     stride = max(1, limit // 2) if stride is None else stride
-    first = "given end of text" if reader.tokenizer.eot_id >= 0 else "not scored"
+    has_end = reader.tokenizer.eot_id is not None
+    first = "given end of text" if has_end else "not scored"
     how = (
         f"{of}, each token once, windows of {limit} tokens that advance by {stride}, "
         f"first token {first}, {reader.how}"

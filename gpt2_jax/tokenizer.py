@@ -32,12 +32,12 @@ class Tokenizer(Protocol):
         """Number of ids, special tokens included."""
 
     @property
-    def eot_id(self) -> int:
-        """The end-of-text token: it follows every document."""
+    def eot_id(self) -> int | None:
+        """The end-of-text token, which follows every document; None: nothing does."""
 
     @property
-    def unk_id(self) -> int:
-        """What stands for all that is not known; -1 where everything is."""
+    def unk_id(self) -> int | None:
+        """What stands for all that is not known; None where everything is."""
 
     @property
     def token_bytes(self) -> Sequence[bytes]:
@@ -60,12 +60,39 @@ class Tokenizer(Protocol):
         """The files, name -> content, that `tokenizer_from_files` rebuilds it from."""
 
 
+def end_of_text(tokenizer: Tokenizer, purpose: str) -> int:
+    """The end-of-text token of a tokenizer, which `purpose` can't do without.
+
+    Raises:
+      ValueError: beginning with `purpose`, where the tokenizer has none.
+    """
+    if tokenizer.eot_id is None:
+        raise ValueError(f"{purpose}, and this tokenizer ({tokenizer.kind}) has none")
+    return tokenizer.eot_id
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids to go on from: those of a text; of an empty one, the end of text before it.
+
+    Raises:
+      ValueError: as `encode`, and on an empty text where there is no end of text.
+    """
+    if ids := tokenizer.encode(text) if text else []:
+        return ids
+    if tokenizer.eot_id is None:
+        raise ValueError(
+            "the prompt is empty, and this model has no end of text to begin after: "
+            "give a prompt"
+        )
+    return [tokenizer.eot_id]
+
+
 class _TableTokenizer:
     """Decoding, shared: `_table[i]` holds the bytes of id i."""
 
     _table: list[bytes]
-    eot_id: int
-    unk_id = -1
+    eot_id: int | None = None
+    unk_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -124,7 +151,7 @@ class ByteTokenizer(_TableTokenizer):
 class CharTokenizer(_TableTokenizer):
     """A table of characters in code point order, then end of text.
 
-    Without `end_of_text`, as nanoGPT's, there is no such token and eot_id is -1.
+    Without `end_of_text`, as nanoGPT's, there is no such token and eot_id is None.
     `encode` raises ValueError on a character that the table lacks.
     """
 
@@ -137,7 +164,6 @@ class CharTokenizer(_TableTokenizer):
         _utf8(self.characters)
         self._codes = self._code_points(self.characters)
         self._table = [c.encode() for c in self.characters]
-        self.eot_id = -1
         if end_of_text:
             self.eot_id = len(self._table)
             self._table.append(END_OF_TEXT.encode())
@@ -165,7 +191,7 @@ class CharTokenizer(_TableTokenizer):
 
     def files(self) -> dict[str, bytes]:
         content: Any = self.characters
-        if self.eot_id < 0:
+        if self.eot_id is None:
             content = {"characters": self.characters, "end_of_text": False}
         return {"characters.json": json.dumps(content).encode() + b"\n"}
 
@@ -178,9 +204,9 @@ class NoTokenizer:
     """Stands where a model came without one: token ids only, ValueError on text."""
 
     kind = "none"
-    unk_id = -1
+    unk_id: int | None = None
 
-    def __init__(self, vocab_size: int, eot_id: int, why: str):
+    def __init__(self, vocab_size: int, eot_id: int | None, why: str):
         self.vocab_size, self.eot_id, self.why = vocab_size, eot_id, why
 
     @property
@@ -475,13 +501,13 @@ _RESERVED = re.compile("[\u2581\u2585]")  # its trainer's own: blank and unknown
 
 
 class SentencePieceTokenizer(_TableTokenizer):
-    """A SentencePiece model; its end-of-sentence piece is the end of text.
+    """A SentencePiece model; its end-of-sentence piece, if any, is the end of text.
 
     A model of `train_sentencepiece` is exact for every text. A foreign one is used as
     it is: its normaliser may change the text, and without byte fallback a character
     that it does not know becomes its unknown piece, which decodes to U+FFFD.
 
-    Raises ValueError if `model` is no SentencePiece model or has no end piece.
+    Raises ValueError if `model` is no SentencePiece model.
     """
 
     kind = "sentencepiece"
@@ -495,12 +521,9 @@ class SentencePieceTokenizer(_TableTokenizer):
             self._sp.LoadFromSerializedProto(model)
         except RuntimeError:
             raise ValueError("not a SentencePiece model, or a damaged one") from None
-        self.eot_id, self.unk_id = self._sp.eos_id(), self._sp.unk_id()
-        if self.eot_id < 0:
-            raise ValueError(
-                "the SentencePiece model has no end-of-sentence piece (eos, </s>), "
-                "which is needed as end of text"
-            )
+        eos, unk = self._sp.eos_id(), self._sp.unk_id()  # -1 where there is none
+        self.eot_id = eos if eos >= 0 else None
+        self.unk_id = unk if unk >= 0 else None
         ids = range(self._sp.get_piece_size())
         self._table = [self._piece_bytes(i) for i in ids]
         byte_ids = {self._table[i]: i for i in ids if self._sp.is_byte(i)}

@@ -31,7 +31,6 @@ from gpt2_jax.data.tokenizers import build_tokenizer
 from gpt2_jax.environment import environment
 from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.files import user_path
-from gpt2_jax.generate import generate
 from gpt2_jax.interop.formats import load_base
 from gpt2_jax.lora import with_adapters
 from gpt2_jax.model import (
@@ -44,9 +43,9 @@ from gpt2_jax.model import (
     stack_layers,
     unstack_layers,
 )
-from gpt2_jax.options import Options
 from gpt2_jax.profiling import StepTrace
 from gpt2_jax.records import append_record
+from gpt2_jax.samples import check_sample, sample_text
 from gpt2_jax.tokenizer import (
     NoTokenizer,
     Tokenizer,
@@ -122,6 +121,7 @@ def train(
         finetune.check_tokenizer(tokenizer, source.tokenizer)
     base = source.config if source else begun.model if begun else None
     model = make_model(cfg, tokenizer, mesh, base=base)
+    check_sample(cfg.eval, tokenizer, model.cfg)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
     with StopSignals() as stop:
         resumed = resume(cfg, model, optimizer, mesh, tokenizer, folder)
@@ -679,19 +679,14 @@ class _Run:
             if not self.writes:
                 return
             model, mesh = model.clone(mesh=None), None  # one device
-        prompt = self.cfg.eval.sample_prompt
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
-        [new_ids] = generate(
+        text = sample_text(
             model,
             unstack_layers(params),
-            [ids],
-            Options(max_new_tokens=self.cfg.eval.sample_tokens),
+            self.tokenizer,
+            self.cfg.eval,
             seed=self.cfg.seed,
-            end_ids=[self.tokenizer.eot_id],
-            n_valid=self.tokenizer.vocab_size,
             mesh=mesh,
         )
-        text = prompt + self.tokenizer.decode(new_ids)
         if self._writer is not None:
             self._writer.write_text(step, "sample", text)
         self._say(f"--- sample at step {step}\n{text}\n---")

@@ -175,7 +175,7 @@ def test_notebook_shows_the_page_in_a_frame(explained):
 
 def test_ids_without_a_tokenizer(lm):
     bare = dataclasses.replace(
-        lm, tokenizer=NoTokenizer(CFG.vocab_size, -1, "none came")
+        lm, tokenizer=NoTokenizer(CFG.vocab_size, None, "none came")
     )
     explained = bare.explain([1, 2, 263])
     assert explained.tokens == ["1 ", "2 ", "263 "]

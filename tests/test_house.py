@@ -27,6 +27,7 @@ HOUSE = [
     "plot",
     "finetune",
     "evaluate",
+    "samples",
     "batches",
     "verify",
     "train_config",

@@ -218,7 +218,9 @@ def test_past_the_context_it_slides(lm):
 
 
 def test_a_model_without_a_tokenizer_takes_and_gives_ids(lm):
-    bare = LanguageModel(lm.model, lm.params, NoTokenizer(264, -1, "none here"), step=0)
+    bare = LanguageModel(
+        lm.model, lm.params, NoTokenizer(264, None, "none here"), step=0
+    )
     assert len(bare.generate([1, 2], max_new_tokens=5)) == 5
     assert bare.complete([1, 2], max_new_tokens=5).text is None
     for options in ({"stop": "x"}, {"bad_words": ["x"]}):

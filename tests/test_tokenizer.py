@@ -520,9 +520,13 @@ def test_a_foreign_model_works():
     assert tokenizer.decode(tokenizer.encode("a\u4e2d")) == "a\ufffd"
 
 
+def test_a_model_without_an_end_piece_has_no_end_of_text():
+    tokenizer = SentencePieceTokenizer(foreign(model_type="bpe", eos_id=-1))
+    assert tokenizer.eot_id is None
+    assert tokenizer.decode(tokenizer.encode("The dog")) == "The dog"
+
+
 def test_bad_models_are_refused():
-    with pytest.raises(ValueError, match="no end-of-sentence piece"):
-        SentencePieceTokenizer(foreign(model_type="bpe", eos_id=-1))
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         SentencePieceTokenizer(b"garbage")
     with pytest.raises(ValueError, match="not a SentencePiece model"):

@@ -131,7 +131,8 @@ class Job:
     def encode(self, parts: Sequence[Part]) -> Encoded:
         """The ids of each split, in order, and what they are."""
         order = np.dtype(self.dtype).newbyteorder("<")
-        eot = np.array([self.tokenizer.eot_id])
+        eot_id, unk_id = self.tokenizer.eot_id, self.tokenizer.unk_id
+        end = np.array([] if eot_id is None else [eot_id], np.int64)
         arrays: dict[str, list[np.ndarray]] = {}
         counts: dict[str, Counts] = {}
         for part in parts:
@@ -140,15 +141,14 @@ class Job:
                 ids = self.tokenizer.encode_array(part.text)
             except ValueError as error:
                 raise ValueError(f"{part.name}: {error}") from None
-            arrays.setdefault(split, []).append(ids)
-            if part.ends:
-                arrays[split].append(eot)
+            after = end if part.ends else end[:0]
+            arrays.setdefault(split, []).extend((ids, after))
             count = counts.setdefault(split, Counts())
             count.documents += part.last
             count.bytes += len(part.text.encode())
-            count.tokens += len(ids) + part.ends
-            if self.tokenizer.unk_id >= 0:
-                count.unknown += int((ids == self.tokenizer.unk_id).sum())
+            count.tokens += len(ids) + len(after)
+            if unk_id is not None:
+                count.unknown += int((ids == unk_id).sum())
         return {
             split: (np.concatenate(found).astype(order), counts[split])
             for split, found in arrays.items()

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax.data.shards import SPLITS, VERSION, Index, Shard, Split
+from gpt2_jax.data.shards import (
+    SAMPLE,
+    SPLITS,
+    VERSION,
+    Index,
+    Shard,
+    Split,
+    check_ids,
+)
 from gpt2_jax.data.sources import is_remote
 from gpt2_jax.files import user_path
 from gpt2_jax.interop import nanogpt
@@ -21,7 +29,6 @@ from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's ids, Llama 3's
 HEADER_BYTES = 4 * 256
 DTYPES = ("uint16", "uint32")
-SAMPLE = 1 << 20  # ids that tell a dtype, or are checked in one piece
 # Ours, train-00000.bin, are not among them: without an index they are unfinished.
 _SPLIT = "(train|validation|val|test)"
 _NAME = re.compile(rf"{_SPLIT}\.bin|.+[_-]{_SPLIT}(?:[_-]\d+)?\.bin")
@@ -105,7 +112,7 @@ def read_index(
         first = first or (kind, file)
         if kind != first[0]:
             raise ValueError(f"{file} holds {kind}, but {first[1]} {first[0]}")
-        _check_ids(file, kind, shard, tokenizer.vocab_size)
+        check_ids(file, kind, shard, tokenizer.vocab_size)
         found.setdefault(split, []).append(shard)
     if first is None:
         raise FileNotFoundError(f"no token shards in {folder}")
@@ -166,16 +173,3 @@ def _infer(file: Path, size: int, vocab_size: int) -> str:
     words = np.fromfile(file, "<u2", 2 * SAMPLE)
     whole = size % 4 == 0 and len(words) >= 4
     return "uint32" if whole and not words[1::2].any() else "uint16"
-
-
-def _check_ids(file: Path, dtype: str, shard: Shard, vocab_size: int) -> None:
-    if vocab_size > np.iinfo(dtype).max:
-        return
-    ids = np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r", shard.offset)
-    for at in range(0, len(ids), SAMPLE):
-        part = ids[at : at + SAMPLE]
-        if (largest := int(part.max())) >= vocab_size:
-            place = at + int(part.argmax())
-            raise ValueError(
-                f"{file}: token {place} is {largest}, but vocab_size={vocab_size}"
-            )

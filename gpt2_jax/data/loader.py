@@ -219,7 +219,8 @@ class TextExamples:
           weights: of the folders in the mixture, see `mixed`; of one: none.
 
         Raises:
-          ValueError: on folders that were made with different tokenizers, and as
+          ValueError: on folders that were made with different tokenizers, on the
+            packing "documents" where nothing stands between them, and as
             `TokenDataset`.
         """
         if packing not in PACKINGS:
@@ -237,6 +238,11 @@ class TextExamples:
         self.weights = tuple(weights)
         self.block_size, self.seed = block_size, seed
         self.eot_id = first.index.eot_id if packing == "documents" else None
+        if packing == "documents" and self.eot_id is None:
+            raise ValueError(
+                "data.packing='documents' needs an end of text between them, and the "
+                f"tokenizer of {first.folder} has none: data.packing='flat' needs none"
+            )
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)

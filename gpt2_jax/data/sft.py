@@ -24,10 +24,11 @@ import numpy as np
 from gpt2_jax.data.loader import Batch, InOrder
 from gpt2_jax.data.shards import SPLITS
 from gpt2_jax.files import user_path
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, end_of_text
 
 ASSISTANT = "assistant"
 CONTENT = "{content}"
+NEEDS_END = "prompts and completions need an end of text"
 
 
 class Example(NamedTuple):
@@ -60,9 +61,11 @@ def read_examples(
 
     Raises:
       FileNotFoundError: when there is no such file.
-      ValueError: on a line that holds no example, or a completion that does not fit,
-        naming file and line; and on a file without any.
+      ValueError: on a tokenizer without an end of text; on a line that holds no
+        example, or a completion that does not fit, naming file and line; and on a file
+        without any.
     """
+    eot_id = end_of_text(tokenizer, NEEDS_END)
     path = user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file of examples: {path}")
@@ -72,7 +75,7 @@ def read_examples(
             if not line.strip():
                 continue
             try:
-                whole = _example(_pieces(_parse(line), template), tokenizer)
+                whole = _example(_pieces(_parse(line), template), tokenizer, eot_id)
                 example = _cut(whole, block_size)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
@@ -125,16 +128,18 @@ def _text(value: Mapping[str, Any], name: str) -> str:
     return value[name]
 
 
-def _example(pieces: Sequence[tuple[str, bool]], tokenizer: Tokenizer) -> Example:
+def _example(
+    pieces: Sequence[tuple[str, bool]], tokenizer: Tokenizer, eot_id: int
+) -> Example:
     tokens: list[int] = []
     counts: list[bool] = []
     for is_target, group in groupby(pieces, key=lambda piece: piece[1]):
         ids = tokenizer.encode("".join(text for text, _ in group))
         if not tokens:  # an empty prompt is the beginning of a text
-            ids = ids or [tokenizer.eot_id]
+            ids = ids or [eot_id]
         tokens += ids
         counts += [is_target] * len(ids)
-    tokens.append(tokenizer.eot_id)
+    tokens.append(eot_id)
     counts.append(True)
     return Example(np.array(tokens, np.int32), np.array(counts))
 
@@ -193,10 +198,9 @@ def sft_splits(
     examples, n_cut = read_examples(
         path, tokenizer, block_size=block_size, template=template
     )
+    eot_id = end_of_text(tokenizer, NEEDS_END)
     splits = {
-        name: SftExamples(
-            part, block_size=block_size, eot_id=tokenizer.eot_id, seed=seed
-        )
+        name: SftExamples(part, block_size=block_size, eot_id=eot_id, seed=seed)
         for name, part in split_examples(examples, fractions).items()
     }
     return splits, n_cut

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from gpt2_jax.tokenizer import files_hash
 
 VERSION = 1
+SAMPLE = 1 << 20  # ids that tell a dtype, or are checked in one piece
 SPLITS = ("train", "validation", "test")
 
 
@@ -56,14 +57,15 @@ class Split:
 class Index:
     """What a prepared folder holds.
 
-    `dtype` is "uint16" or "uint32"; `source` is the `fingerprint` of what was asked
-    for. A split of fraction 0 is absent.
+    `dtype` is "uint16" or "uint32"; `eot_id` is None where nothing stands between
+    documents; `source` is the `fingerprint` of what was asked for. A split of fraction
+    0 is absent.
     """
 
     version: int
     dtype: str
     vocab_size: int
-    eot_id: int
+    eot_id: int | None
     tokenizer_kind: str
     tokenizer_hash: str
     splits: Mapping[str, Split]
@@ -94,6 +96,9 @@ def read_index(folder: Path) -> Index:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
 
+    was_none = index.eot_id == -1  # how older versions wrote it
+    if was_none:
+        index = replace(index, eot_id=None)
     for split in index.splits.values():
         for shard in split.shards:
             path = folder / shard.name
@@ -105,6 +110,8 @@ def read_index(folder: Path) -> Index:
                     f"{path} has {size} bytes, its {shard.tokens} tokens of "
                     f"{index.dtype} need {needed}"
                 )
+            if was_none:  # and as an id after each document of text
+                check_ids(path, index.dtype, shard, index.vocab_size)
     if not (folder / "tokenizer").is_dir():
         raise FileNotFoundError(f"{folder / 'tokenizer'} is missing")
     files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
@@ -114,6 +121,20 @@ def read_index(folder: Path) -> Index:
             f"its hash is not {index.tokenizer_hash[:12]}..."
         )
     return index
+
+
+def check_ids(file: Path, dtype: str, shard: Shard, vocab_size: int) -> None:
+    """Raises ValueError on an id of a shard that is not in [0, vocab_size)."""
+    if vocab_size > np.iinfo(dtype).max:
+        return
+    ids = np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r", shard.offset)
+    for at in range(0, len(ids), SAMPLE):
+        part = ids[at : at + SAMPLE]
+        if (largest := int(part.max())) >= vocab_size:
+            place = at + int(part.argmax())
+            raise ValueError(
+                f"{file}: token {place} is {largest}, but vocab_size={vocab_size}"
+            )
 
 
 def _parse(data: dict[str, Any]) -> Index:

@@ -149,7 +149,7 @@ def _foreign(
     if isinstance(tokenizer, NoTokenizer):
         eot_id = hf.eot_id_of(path)
         if eot_id not in range(cfg.vocab_size):
-            eot_id = -1
+            eot_id = None
         tokenizer = NoTokenizer(cfg.vocab_size, eot_id, tokenizer.why)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
@@ -169,7 +169,7 @@ def _tokenizer_beside(folder: Path) -> Tokenizer:
     try:
         return load_tokenizer(folder)
     except FileNotFoundError as error:
-        return NoTokenizer(0, -1, str(error))
+        return NoTokenizer(0, None, str(error))
 
 
 def convert(

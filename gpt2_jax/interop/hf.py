@@ -112,11 +112,11 @@ def download(name: str, revision: str | None = None) -> Path:
     return folder
 
 
-def eot_id_of(folder: Path) -> int:
-    """The end-of-text id that config.json names; -1 where there is none."""
+def eot_id_of(folder: Path) -> int | None:
+    """The end-of-text id that config.json names; None where there is none."""
     path = folder / "config.json"
-    value = _json_object(path).get("eos_token_id", 50256) if path.is_file() else -1
-    return value if type(value) is int else -1
+    value = _json_object(path).get("eos_token_id", 50256) if path.is_file() else None
+    return value if type(value) is int else None
 
 
 def read(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
@@ -324,16 +324,15 @@ def write(
     write_safetensors(folder, state_dict(cfg, params, np.dtype(dtype)), max_shard_bytes)
 
 
-def config_values(cfg: GPT2Config, eot_id: int, dtype: str) -> dict[str, Any]:
+def config_values(cfg: GPT2Config, eot_id: int | None, dtype: str) -> dict[str, Any]:
     """The content of a config.json."""
-    eot = None if eot_id < 0 else eot_id
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{name: getattr(cfg, name) for name in FIELDS},
         "tie_word_embeddings": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
         "dtype": dtype,
     }
 
@@ -407,7 +406,7 @@ def tokenizer_files(tokenizer: Tokenizer, n_positions: int) -> dict[str, bytes]:
         "model_max_length": n_positions,
         "clean_up_tokenization_spaces": False,
     }
-    if tokenizer.eot_id >= 0:
+    if tokenizer.eot_id is not None:
         settings |= dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     content = json.dumps(settings, indent=2) + "\n"
     return {**files, "tokenizer_config.json": content.encode()}
@@ -437,7 +436,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         raise ValueError(f"transformers has no tokenizer of kind {tokenizer.kind!r}")
     added = []
-    if tokenizer.eot_id >= 0:
+    if tokenizer.eot_id is not None:
         model["vocab"][END_OF_TEXT] = tokenizer.eot_id
         added = [{"id": tokenizer.eot_id, "content": END_OF_TEXT, "special": True}]
         for flag in ("single_word", "lstrip", "rstrip", "normalized"):

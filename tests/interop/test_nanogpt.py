@@ -39,7 +39,7 @@ def test_load(tmp_path):
     )
     assert_same(lm.params, expected(hf_state()))
     assert isinstance(lm.tokenizer, NoTokenizer)
-    assert lm.tokenizer.eot_id == -1
+    assert lm.tokenizer.eot_id is None
 
 
 def test_load_its_folder(tmp_path):

@@ -1,0 +1,55 @@
+"""The text that a run generates at each evaluation."""
+
+from jax.sharding import Mesh
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.generate import Request, check, generate
+from gpt2_jax.model import GPT2, Params
+from gpt2_jax.options import Options
+from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, encode_prompt
+from gpt2_jax.train_config import EvalConfig
+
+
+def check_sample(cfg: EvalConfig, tokenizer: Tokenizer, model: GPT2Config) -> None:
+    """Raises ValueError when no text can be generated as the config has it."""
+    if not cfg.sample_tokens:
+        return
+    try:
+        ids = encode_prompt(tokenizer, cfg.sample_prompt)
+        request = Request(ids, Options(max_new_tokens=cfg.sample_tokens), (0, 0, 0))
+        check(request, model, tokenizer.vocab_size)
+    except ValueError as error:
+        raise ValueError(
+            f"eval.sample_tokens={cfg.sample_tokens}, "
+            f"eval.sample_prompt={cfg.sample_prompt!r}: {error}"
+        ) from None
+
+
+def sample_text(
+    model: GPT2,
+    params: Params,
+    tokenizer: Tokenizer,
+    cfg: EvalConfig,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> str:
+    """The prompt and what follows it; without a tokenizer, the ids of both.
+
+    Raises:
+      ValueError: as `check_sample`.
+    """
+    ids = encode_prompt(tokenizer, cfg.sample_prompt)
+    [new_ids] = generate(
+        model,
+        params,
+        [ids],
+        Options(max_new_tokens=cfg.sample_tokens),
+        seed=seed,
+        end_ids=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+        n_valid=tokenizer.vocab_size,
+        mesh=mesh,
+    )
+    if isinstance(tokenizer, NoTokenizer):
+        return " ".join(map(str, [*ids, *new_ids]))
+    return cfg.sample_prompt + tokenizer.decode(new_ids)
