@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import distributed, sharding
+from gpt2_jax.checks import MESSAGE, one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.metrics import size_of
 from gpt2_jax.model import Params, unstack_layers
@@ -311,7 +312,8 @@ def _set_aside(step_folder: Path, aside: Path, error: Exception | None) -> None:
         to = to.with_name(to.name + "+")
     step_folder.rename(to)
     why = error or _damaged(step_folder, _ELSEWHERE)
-    print(f"note: {why}; it is now {to}", file=sys.stderr, flush=True)
+    text = one_line(f"note: {why}; it is now {to}", 2 * MESSAGE)  # it has two paths
+    print(text, file=sys.stderr, flush=True)
 
 
 def read_contract(step_folder: Path) -> Contract:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from gpt2_jax.checks import one_line
 from gpt2_jax.options import (
     DEFAULTS,
     EARLY_STOPPING,
@@ -24,8 +25,6 @@ from gpt2_jax.options import (
     Options,
 )
 from gpt2_jax.xla_flags import set_flags
-
-gc.freeze()  # what is loaded stays: no collection need go through it
 
 _TRACEBACK = flags.DEFINE_bool(
     "traceback", False, "Show the Python traceback of an error in the input."
@@ -42,7 +41,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     # program is started from and gpt2_jax is installed.
     sys.path.append(str(Path(sys.argv[0]).resolve().parents[1]))
     set_flags(os.environ)
-    gc.freeze()  # nor through what was loaded since
+    gc.freeze()  # what is loaded stays: no collection need go through it
+    gc.enable()
     # A cache, where one is named, is to hold the small programs too: there are many.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -143,5 +143,5 @@ def _fail(error: Exception) -> int:
     )
     if missing:
         text = f"no such config file: {missing[1]}"
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
     return 2

@@ -25,6 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from gpt2_jax.checks import MESSAGE, one_line
+
 T = TypeVar("T")
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
@@ -105,7 +107,7 @@ def run(job: Job, program: Callable[[], int]) -> int:
         return status
     except BaseException as error:
         if is_lost_peer(error):
-            _lose(pipe, " ".join(str(error).split())[:200])
+            _lose(pipe, one_line(error, 200))
         _report(pipe, 2 if isinstance(error, ValueError | OSError) else status)
         raise
 
@@ -164,10 +166,10 @@ def first_alone(make: Callable[[], T]) -> T:
         except (ValueError, OSError) as e:
             error = e
     _wait_for_all("first_alone")
-    size = 2000  # bytes of the message, which must have one length in all
-    text = "" if error is None else " ".join(str(error).split())
-    sent = np.frombuffer(text.encode()[:size].ljust(size), np.uint8)
-    said = bytes(multihost_utils.broadcast_one_to_all(sent)).decode(errors="replace")
+    size = 4 * MESSAGE  # bytes of the message, which must have one length in all
+    text = "" if error is None else one_line(error)
+    sent = np.frombuffer(text.encode().ljust(size), np.uint8)
+    said = bytes(multihost_utils.broadcast_one_to_all(sent)).decode()
     if error is not None:
         raise error
     if said.strip():
@@ -225,8 +227,9 @@ def _supervise() -> int:
         process_group=0,  # a Ctrl-C reaches it once, through this process
     )
     os.close(write)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: child.send_signal(n))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda n, _: child.send_signal(n))
     returncode = child.wait()
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read()

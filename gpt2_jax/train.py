@@ -13,16 +13,16 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, plot, sharding
 from gpt2_jax.batches import Ahead, in_order, spread
+from gpt2_jax.checks import one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.prepare import load_index, prepared_folder
@@ -46,6 +46,7 @@ from gpt2_jax.model import (
 from gpt2_jax.profiling import StepTrace
 from gpt2_jax.records import append_record
 from gpt2_jax.samples import check_sample, sample_text
+from gpt2_jax.stop import StopSignals
 from gpt2_jax.tokenizer import (
     NoTokenizer,
     Tokenizer,
@@ -85,8 +86,8 @@ def train(
     """Trains up to `cfg.steps` updates, from the latest checkpoint in `workdir`.
 
     The run is a function of (cfg, data, seed): killed at any moment and called
-    again, it ends in the same bits. SIGTERM and Ctrl-C end it after the current
-    step, with a checkpoint.
+    again, it ends in the same bits. From its first step on, SIGTERM, SIGHUP and
+    Ctrl-C end it after the current step, with a checkpoint.
 
     Args:
       profiled: updates, counted from 0, of which process 0 writes a trace into the
@@ -381,7 +382,7 @@ def _check_contract(
 
 def _note(text: str) -> None:
     if distributed.is_first():
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(f"note: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,7 +437,7 @@ class _Run:
         self.base, self.base_said = base, said
 
     def loop(
-        self, state: TrainState, optimizer: optim.Optimizer, stop: "StopSignals"
+        self, state: TrainState, optimizer: optim.Optimizer, stop: StopSignals
     ) -> Result:
         cfg = self.cfg
         start = int(state.step)
@@ -785,42 +786,6 @@ def jit_step(
             sharding.replicated(mesh),
         ),
     )
-
-
-class StopSignals:
-    """While entered, SIGTERM and SIGINT set `received`; a second SIGINT kills.
-
-    In a job of several processes JAX's preemption service listens for SIGTERM, or for
-    the cloud's notice, in each of them, and names one step at which all stop.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._in_job = jax.distributed.is_initialized()
-
-    def __enter__(self) -> Self:
-        ours = [signal.SIGINT] if self._in_job else [signal.SIGTERM, signal.SIGINT]
-        self._old = {s: signal.signal(s, self._handle) for s in ours}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
-
-    def requested(self, step: int) -> bool:
-        """Whether the run ends with this step; in a job all ask at every step."""
-        if self._in_job and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM
-        return self.received is not None
-
-    def _handle(self, number: int, _: object) -> None:
-        signal.signal(signal.SIGINT, self._old[signal.SIGINT])
-        if self.received is None:
-            print("stopping after this step ...", file=sys.stderr, flush=True)
-        if self._in_job:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.received = number
 
 
 def make_writable(workdir: Path) -> None:

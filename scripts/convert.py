@@ -4,9 +4,11 @@ python scripts/convert.py --model=runs/quickstart --to=hf --out=export
 python scripts/convert.py --model=openai-community/gpt2 --to=llmc --out=gpt2.bin
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
-from gpt2_jax import cli
 from gpt2_jax.interop.formats import FORMATS, convert
 
 _MODEL = flags.DEFINE_string(
@@ -38,4 +40,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

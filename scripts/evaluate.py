@@ -7,9 +7,11 @@ The first gives loss and perplexity of a run over a whole split of its data. MOD
 whatever gpt2_jax.load takes; tasks and their files are in docs/evaluation.md.
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
-from gpt2_jax import cli
 from gpt2_jax.detokenize import DETOKENIZERS
 from gpt2_jax.evaluate import evaluate_run
 from gpt2_jax.tasks import TARGETS, TASKS, Options, evaluate_task
@@ -53,4 +55,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -4,10 +4,12 @@ python scripts/explain.py --workdir=runs/quickstart --prompt="A class" --out=pag
 python scripts/explain.py --model=openai-community/gpt2 --prompt="Once" --out=page.html
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
 import gpt2_jax
-from gpt2_jax import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _MODEL = flags.DEFINE_string("model", None, "Or whatever gpt2_jax.load takes.")
@@ -25,4 +27,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -4,6 +4,9 @@ python scripts/generate.py --workdir=runs/quickstart --prompt="The import statem
 python scripts/generate.py --workdir=openai-community/gpt2 --prompt="Once" --stream
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
 import gpt2_jax
@@ -44,4 +47,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -6,9 +6,11 @@ It is not called inspect.py: a script's folder comes first when Python imports, 
 many packages import the standard library's `inspect`.
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
-from gpt2_jax import cli
 from gpt2_jax.files import user_path
 from gpt2_jax.inspect_run import describe
 
@@ -22,4 +24,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -4,9 +4,11 @@ python scripts/plot.py --workdirs=runs/quickstart --out=curves.png
 python scripts/plot.py --workdirs=runs/a,runs/b --out=curves.png --x=tokens
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
-from gpt2_jax import cli
 from gpt2_jax.files import user_path
 from gpt2_jax.plot import AXES, draw_curves
 
@@ -22,4 +24,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

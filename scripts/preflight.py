@@ -8,12 +8,15 @@ has two; n_devices is what `jax.device_count()` says there. Exits with 1 when th
 does not fit as given.
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
-from gpt2_jax import cli, preflight
+from gpt2_jax import preflight
 from gpt2_jax.chips import CHIPS, chip_named
 from gpt2_jax.metrics import EXPECTED_MFU
 from gpt2_jax.train_config import TrainConfig
@@ -41,4 +44,4 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,8 +1,10 @@
 """Text -> token shards: prepare_data.py --path=book.txt --out=data/book."""
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
-from gpt2_jax import cli
 from gpt2_jax.data.prepare import prepare, progress_bar
 from gpt2_jax.data.sources import FORMATS, split_paths
 
@@ -54,4 +56,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

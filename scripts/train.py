@@ -9,11 +9,13 @@ Ctrl-C, with a checkpoint; 75 a peer was lost; in these three the same command g
 2 is bad input.
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 from ml_collections import config_flags
 
-from gpt2_jax import cli
-from gpt2_jax.distributed import Job, run
+from gpt2_jax import distributed
 from gpt2_jax.profiling import parse_steps
 from gpt2_jax.train import train
 from gpt2_jax.train_config import TrainConfig
@@ -34,7 +36,7 @@ flags.mark_flag_as_required("config")
 def main(_: list[str]) -> int:
     cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
     profiled = parse_steps(_PROFILE.value) if _PROFILE.value else range(0)
-    job = Job(
+    job = distributed.Job(
         *(_ADDRESS.value, _PROCESSES.value, _PROCESS.value, _START.value, _PEER.value)
     )
 
@@ -42,8 +44,8 @@ def main(_: list[str]) -> int:
         stopped_by = train(cfg, _WORKDIR.value, profiled=profiled).signal
         return 0 if stopped_by is None else 128 + stopped_by  # as shells say it
 
-    return run(job, program)
+    return distributed.run(job, program)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main, outlives_stdout=True)

@@ -3,9 +3,11 @@
 Its folder is what --tokenizer of prepare_data.py and data.tokenizer of a config take.
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from absl import flags
 
-from gpt2_jax import cli
 from gpt2_jax.data.sources import FORMATS, split_paths
 from gpt2_jax.data.tokenizers import train_tokenizer
 from gpt2_jax.tokenizer import SENTENCEPIECE_MODELS, tokenizer_hash
@@ -26,9 +28,7 @@ _SPECIAL_TOKENS = flags.DEFINE_list(
     "special_tokens", [], "Names of ids that no text is encoded to, with commas."
 )
 _MAX_BYTES = flags.DEFINE_integer(
-    "max_bytes",
-    20_000_000,
-    "Of text to train on, a sample of the source; 0: all of it.",
+    "max_bytes", 20_000_000, "Of text to train on, a sample of the source; 0: all."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
 _FIELD = flags.DEFINE_string("field", "text", "Where records hold their text.")
@@ -55,4 +55,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -6,11 +6,13 @@ Recomputes, in float32 and bfloat16, the logits and ten updates that
 tests/make_goldens.py took from transformers on torch in float32.
 """
 
+from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+
+# isort: split
 from pathlib import Path
 
 import jax
 
-from gpt2_jax import cli
 from gpt2_jax.verify import differences
 
 GOLDENS = Path(__file__).resolve().parents[1] / "tests/goldens/gpt2_tiny.npz"
@@ -36,4 +38,4 @@ def main(_: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

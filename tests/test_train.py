@@ -1,5 +1,4 @@
 import dataclasses
-import signal
 from pathlib import Path
 
 import jax
@@ -14,7 +13,6 @@ from gpt2_jax.model import abstract_params
 from gpt2_jax.sharding import make_mesh, traced_for, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer
 from gpt2_jax.train import (
-    StopSignals,
     global_batch,
     make_model,
     make_writable,
@@ -213,23 +211,6 @@ def test_changes_are_named_by_their_path():
     old, new = plain(config()), plain(config(steps=7, optim__warmup_steps=2))
     assert changes(old, old) == {}
     assert changes(old, new) == {"steps": (1000, 7), "optim.warmup_steps": (100, 2)}
-
-
-def test_signals_are_noted_and_a_second_ctrl_c_is_left_to_python(capfd, request):
-    # what starts the tests in the background may have Ctrl-C ignored
-    given = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, given))
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    with StopSignals() as stop:
-        assert not stop.requested(1)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.requested(2)
-        assert stop.received == signal.SIGTERM
-        signal.raise_signal(signal.SIGTERM)  # as a machine that goes down may do
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert {s: signal.getsignal(s) for s in before} == before
-    assert capfd.readouterr().err == "stopping after this step ...\n"
 
 
 def test_a_folder_that_can_not_be_written_is_refused_at_once(tmp_path):
