@@ -1,11 +1,20 @@
-"""How values are shown in messages: on one line, of bounded length, as plain text.
+"""How values are checked, and how they are shown in messages.
 
 Whoever wrote a file also wrote the names and values in it. A message that shows them
-must not move a terminal's cursor, turn its text around, or take seconds to build.
+must not move a terminal's cursor, turn its text around, or take seconds to build: it
+is one line of bounded length.
 """
 
+import decimal
+import math
+import numbers
+import operator
 import reprlib
 import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 MESSAGE = 300  # characters of a message at most
 VALUE = 60  # of a value in it
@@ -51,3 +60,82 @@ class _Repr(reprlib.Repr):
 
     def repr_bytes(self, x: bytes, level: int) -> str:
         return repr(x) if len(x) <= self.maxstring else f"{x[: self.maxstring]!r}..."
+
+
+# --- Values of a kind -----------------------------------------------------------------
+
+
+def integer(name: str, value: Any) -> int:
+    """An int of anything that is one (NumPy's and JAX's too). ValueError on others."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={shown(value)} must be an integer") from None
+
+
+def number(name: str, value: Any) -> float:
+    """A float of any real number. ValueError on others, text included, and on NaN."""
+    x = math.nan
+    try:
+        if isinstance(value, numbers.Real | decimal.Decimal):
+            x = math.nan if isinstance(value, bool) else float(value)
+        elif is_array(value) and np.ndim(value) == 0:
+            array = np.asarray(value)  # bfloat16 is of a kind of its own
+            x = float(array) if array.dtype.kind in "iufV" else math.nan
+    except (TypeError, ValueError, OverflowError):
+        pass
+    if math.isnan(x):
+        raise ValueError(f"{name}={shown(value)} must be a number")
+    return x
+
+
+def check_text(name: str, value: Any) -> str:
+    """`value`, if it is text that can be written in UTF-8. ValueError on others."""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise ValueError(f"{name}={shown(value)} must be text, not {kind}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has a lone surrogate {value[error.start]!a} at character "
+            f"{error.start}: it cannot be written in UTF-8"
+        ) from None
+    return value
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is NumPy's, JAX's or another library's array, of any dimension."""
+    return hasattr(value, "__array__") and not isinstance(value, str | bytes)
+
+
+def is_list(value: Any) -> bool:
+    """Whether it is a list, a tuple, an array of a dimension at least, or their like.
+
+    Text is not taken for its characters, bytes are not taken for numbers, nor a dict
+    for its keys. A set has no order, and a generator is empty the second time.
+    """
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return False
+    return isinstance(value, Sequence) or (is_array(value) and np.ndim(value) > 0)
+
+
+def items(name: str, value: Any) -> list[Any]:
+    """The items of what `is_list`. ValueError on all else."""
+    if not is_list(value):
+        kind = type(value).__name__
+        raise ValueError(f"{name}={shown(value)} must be a list, not {kind}")
+    if not is_array(value):
+        return list(value)
+    array = np.asarray(value)
+    return array.tolist() if array.ndim == 1 else list(array)
+
+
+def token_ids(name: str, value: Any) -> list[int]:
+    """The integers of a list of them. ValueError on all else; see `items`."""
+    ids = items(name, value)
+    if set(map(type, ids)) <= {int}:
+        return ids
+    return [integer(f"{name}: id", i) for i in ids]

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.checks import integer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import user_path
 from gpt2_jax.model import GPT2, Params, attention_weights
-from gpt2_jax.options import integer
 
 MOST_WEIGHTS = 2**23  # of attention in a page, a byte each: in base64 11 MB
 MOST_ALTERNATIVES = 100
@@ -123,7 +123,8 @@ def explain(
         weights in all; when top_k is not in [1, MOST_ALTERNATIVES].
     """
     cfg, T = model.cfg, len(token_ids)
-    if not 1 <= integer("top_k", top_k) <= MOST_ALTERNATIVES:
+    top_k = integer("top_k", top_k)
+    if not 1 <= top_k <= MOST_ALTERNATIVES:
         raise ValueError(f"{top_k=} must be in [1, {MOST_ALTERNATIVES}]")
     if T > cfg.n_positions:
         raise ValueError(f"{T} tokens exceed n_positions={cfg.n_positions}")

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from gpt2_jax import sharding
 from gpt2_jax.attention import cache_dtype
 from gpt2_jax.cache import KVCache
+from gpt2_jax.checks import shown, token_ids
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.options import Options
@@ -430,7 +431,8 @@ def generate(
     n_valid = model.cfg.vocab_size if n_valid is None else n_valid
     requests = []
     for i, prompt in enumerate(prompts):
-        request = Request(list(prompt), options, (seed, i, 0), tuple(end_ids))
+        ids = token_ids(f"prompt {i}", prompt)
+        request = Request(ids, options, (seed, i, 0), tuple(end_ids))
         check(request, model.cfg, n_valid)
         requests.append(request)
     if not requests:
@@ -481,14 +483,11 @@ def bucket(length: int, limit: int, *, at_least: int = MIN_BUCKET) -> int:
     return min(max(at_least, power_of_two(length)), limit)
 
 
-def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> None:
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Raises ValueError that names the first id outside [0, vocab_size)."""
-    array = np.asarray(ids)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"token ids must be integers, not {array.dtype}")
-    bad = array[(array < 0) | (array >= vocab_size)]
-    if bad.size:
-        raise ValueError(f"token id {bad.flat[0]} is outside [0, {vocab_size=})")
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"token id {shown(i)} is outside [0, {vocab_size=})")
 
 
 def apply(model: GPT2, params: Params, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax.beam import Hypothesis, beam_search
+from gpt2_jax.checks import integer, is_list, items, shown
+from gpt2_jax.checks import token_ids as as_ids
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.explain import Explanation, explain
 from gpt2_jax.generate import (
@@ -29,7 +31,8 @@ from gpt2_jax.generate import (
 )
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
-from gpt2_jax.options import Options, integer
+from gpt2_jax.options import Options
+from gpt2_jax.prompts import read_prompts
 from gpt2_jax.score import Row as ScoredRow
 from gpt2_jax.score import Score, score_rows, sliding_rows
 from gpt2_jax.sharding import on_device, tree_shardings
@@ -147,19 +150,23 @@ class LanguageModel:
         return self.model.cfg
 
     def logits(self, token_ids: Ids | Sequence[Ids]) -> jax.Array:
-        """Float32 logits [B, T, V] of int ids [B, T].
+        """Float32 logits [B, T, V] of int ids [B, T], in an array or lists.
 
         Raises:
-          ValueError: on another shape or dtype, an id outside the vocabulary, or
-            T over n_positions.
+          ValueError: on another shape or type, rows of different lengths, an id outside
+            the vocabulary, or T over n_positions.
         """
-        ids_BT = np.asarray(token_ids)
-        if ids_BT.ndim != 2 or ids_BT.size == 0:
+        rows = items("token_ids", token_ids)
+        lengths = {len(row) if is_list(row) else 0 for row in rows}
+        if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
-                f"token_ids must have shape [B, T] with B, T >= 1, not {ids_BT.shape}"
+                f"token_ids={shown(token_ids)} must have shape [B, T] with B, T >= 1, "
+                "all rows of one length"
             )
-        check_ids(ids_BT, self.config.vocab_size)
-        return _logits(self.model, self.params, ids_BT.astype(np.int32))
+        ids_BT = [as_ids("token_ids", row) for row in rows]
+        for ids in ids_BT:
+            check_ids(ids, self.config.vocab_size)
+        return _logits(self.model, self.params, np.array(ids_BT, np.int32))
 
     def explain(self, prompt: Prompt, *, top_k: int = 10) -> Explanation:
         """What the model made of a text: probabilities, entropies, attention.
@@ -175,15 +182,13 @@ class LanguageModel:
           ValueError: on a bad id, a text over n_positions, or one that is too long for
             a page (see `gpt2_jax.explain`).
         """
-        prompts, _, is_batch = self._encode(prompt)
-        if is_batch:
-            raise ValueError(f"explain takes one prompt, not a list of {len(prompts)}")
-        check_ids(prompts[0], self._n_valid)
+        ids = self._encode_one("explain", prompt)
+        check_ids(ids, self._n_valid)
         has_text = not isinstance(self.tokenizer, NoTokenizer)
         return explain(
             self.model,
             self.params,
-            prompts[0],
+            ids,
             self.tokenizer.token_bytes if has_text else None,
             n_valid=self._n_valid,
             top_k=top_k,
@@ -209,14 +214,13 @@ class LanguageModel:
         Raises:
           ValueError: on a bad id, and a stride outside [1, n_positions].
         """
-        texts, _, is_batch = self._encode(text, self.tokenizer.encode)
+        texts, is_batch = self._encode("text", text, self.tokenizer.encode)
         limit, before = self.config.n_positions, self.tokenizer.eot_id
         stride = max(1, limit // 2) if stride is None else integer("stride", stride)
         rows: list[ScoredRow] = []
         counts = []
         for ids in texts:
-            if len(ids):
-                check_ids(ids, self._n_valid)
+            check_ids(ids, self._n_valid)
             ids = ids if before is None else [before, *ids]
             windows = sliding_rows(ids, limit, stride)
             counts.append(len(windows))
@@ -243,8 +247,9 @@ class LanguageModel:
           ValueError: on a bad id, an empty completion, lists of different lengths, and
             where all but the last token exceed n_positions.
         """
-        prompts, _, many_prompts = self._encode(prompt)
-        completions, _, many = self._encode(completion, self.tokenizer.encode)
+        prompts, many_prompts = self._encode("prompt", prompt)
+        encode = self.tokenizer.encode
+        completions, many = self._encode("completion", completion, encode)
         n = max(len(prompts), len(completions))
         prompts = prompts if many_prompts else prompts * n
         completions = completions if many else completions * n
@@ -299,7 +304,7 @@ class LanguageModel:
             bad id, or prompt + new tokens over n_positions.
           TypeError: on an unknown option.
         """
-        _, is_text, _ = self._encode(prompt)
+        is_text = bool(read_prompts("prompt", prompt).texts)
 
         def plain(result: Any) -> Any:
             if isinstance(result, list):
@@ -324,16 +329,16 @@ class LanguageModel:
             "prompt_lookup": what followed the last tokens when they last occurred.
           n_draft: guesses a step.
         """
-        prompts, _, is_batch = self._encode(prompt)
+        prompts, is_batch = self._encode("prompt", prompt)
         asked = Options(**options)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        drafting = self._draft(draft, n_draft)
         n = asked.best_of or asked.num_return_sequences
         requests = [
             self._request(i, ids, asked, (seed, i, j))
             for i, ids in enumerate(prompts)
             for j in range(1 if asked.num_beams > 1 else n)
         ]
-        drafting = self._draft(draft, n_draft)
         if asked.num_beams > 1:
             if draft is not None:
                 raise ValueError(f"num_beams={asked.num_beams} and draft: give one")
@@ -367,14 +372,12 @@ class LanguageModel:
         Closing the iterator stops the work. Arguments are as of `complete`, and are
         checked at once; one text is all that can be streamed.
         """
-        prompts, _, is_batch = self._encode(prompt)
+        ids = self._encode_one("stream", prompt)
         asked = _one_sequence(Options(**options), "stream")
-        if is_batch:
-            raise ValueError(f"stream takes one prompt, not a list of {len(prompts)}")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
-        request = self._request(0, prompts[0], asked, (seed, 0, 0))
         decoder = self._decoder(1, asked, self._draft(draft, n_draft))
-        text = TextStream(self.tokenizer.token_bytes, asked.stop)
+        request = self._request(0, ids, asked, (seed, 0, 0))
+        text = self._text_stream(asked)
 
         def pieces() -> Iterator[str]:
             n_given = 0
@@ -406,32 +409,37 @@ class LanguageModel:
         order in which they end.
 
         Args:
-          requests: prompts, or dicts of a `prompt` and options of its own. A request
-            that has no seed of its own draws with (seed, its index).
+          requests: a list or an iterator of prompts, or of dicts of a `prompt` and
+            options of its own. A request that has no seed of its own draws with (seed,
+            its index).
           options: of all requests. `logprobs` and a table of `allowed_tokens` can
             only be given here.
+
+        Raises:
+          ValueError: at once on options of all requests; on a request, with its index,
+            when a slot is there for it.
         """
         asked = _one_sequence(Options(**options), "generate_many")
-        if not 1 <= integer("n_slots", n_slots):
+        n_slots = integer("n_slots", n_slots)
+        if n_slots < 1:
             raise ValueError(f"{n_slots=} must be >= 1")
+        waiting = _numbered(requests)
         drafting = self._draft(draft, n_draft)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
 
         def read() -> Iterator[Request]:
-            for i, item in enumerate(requests):
+            for i, item in waiting:
                 own = dict(item) if isinstance(item, Mapping) else {"prompt": item}
                 if "prompt" not in own:
                     raise ValueError(f"request {i} has no prompt")
-                ids, _, is_batch = self._encode(own.pop("prompt"))
-                if is_batch:
-                    raise ValueError(f"request {i} is a list of prompts, not one")
+                ids = self._encode_one(f"request {i}", own.pop("prompt"))
                 for name in own.keys() & {"logprobs", "allowed_tokens"}:
                     raise ValueError(f"request {i}: {name} is for all requests")
                 merged = _one_sequence(Options(**{**options, **own}), "generate_many")
                 draw = (seed, i, 0)
                 if own.get("seed") is not None:
                     draw = (integer("seed", own["seed"]), 0, 0)
-                yield self._request(i, ids[0], merged, draw)
+                yield self._request(i, ids, merged, draw)
 
         return self._run(read(), n_slots, asked, drafting)
 
@@ -449,10 +457,8 @@ class LanguageModel:
         for rows in decoder.run(requests):
             for row in rows:
                 if row.request.options.stop:
-                    stop = row.request.options.stop
-                    text = texts.setdefault(
-                        row.index, TextStream(self.tokenizer.token_bytes, stop)
-                    )
+                    options = row.request.options
+                    text = texts.setdefault(row.index, self._text_stream(options))
                     text.push(row.ids[given.get(row.index, 0) :])
                     given[row.index] = len(row.ids)
                     if text.stopped:
@@ -467,7 +473,7 @@ class LanguageModel:
             n = text.n_tokens
         return Completion(
             index=row.index,
-            text=self._text(row.ids, row.request.options.stop),
+            text=self._text(row.ids, row.request.options),
             token_ids=row.ids[:n],
             logprobs=row.logprobs[:n],
             top_logprobs=row.top_logprobs[:n],
@@ -477,10 +483,14 @@ class LanguageModel:
             seconds=time.perf_counter() - row.started,
         )
 
-    def _text(self, ids: Sequence[int], stop: Sequence[str]) -> str | None:
+    def _text_stream(self, options: Options) -> TextStream:
+        table = self.tokenizer.token_bytes
+        return TextStream(table, options.stop, options.min_new_tokens)
+
+    def _text(self, ids: Sequence[int], options: Options) -> str | None:
         if isinstance(self.tokenizer, NoTokenizer):
             return None
-        text = TextStream(self.tokenizer.token_bytes, stop)
+        text = self._text_stream(options)
         whole = text.push(ids)
         return whole if text.stopped else whole + text.finish()
 
@@ -508,7 +518,7 @@ class LanguageModel:
             [
                 Completion(
                     index=i,
-                    text=self._text(h.ids, ()),
+                    text=self._text(h.ids, options),
                     token_ids=h.ids,
                     logprobs=h.logprobs,
                     top_logprobs=[],
@@ -584,14 +594,17 @@ class LanguageModel:
         return np.pad(options.table, ((0, 0), (0, padding)), constant_values=-1)
 
     def _draft(self, draft: "str | LanguageModel | None", n_draft: int) -> Draft:
-        if not 1 <= integer("n_draft", n_draft) <= 32:
+        n_draft = integer("n_draft", n_draft)
+        if not 1 <= n_draft <= 32:
             raise ValueError(f"{n_draft=} must be in [1, 32]")
         if draft is None:
             return NO_DRAFT
-        if draft == "prompt_lookup":
+        if isinstance(draft, str) and draft == "prompt_lookup":
             return Draft(n_draft)
         if not isinstance(draft, LanguageModel):
-            raise ValueError(f"{draft=} must be a LanguageModel or 'prompt_lookup'")
+            raise ValueError(
+                f"draft={shown(draft)} must be a LanguageModel or 'prompt_lookup'"
+            )
         for name in ("vocab_size", "n_positions"):
             ours, theirs = getattr(self.config, name), getattr(draft.config, name)
             if theirs < ours or (name == "vocab_size" and theirs != ours):
@@ -599,22 +612,18 @@ class LanguageModel:
         return Draft(n_draft, draft.model, draft._weights)
 
     def _encode(
-        self, prompt: Any, encode: Callable[[str], list[int]] | None = None
-    ) -> tuple[list[list[int]], bool, bool]:
-        """Prompts as ids; whether they were text; whether there was a list of them."""
-        encode = encode or self._encode_text
-        if isinstance(prompt, str):
-            return [encode(prompt)], True, False
-        rows = list(prompt)
-        if not rows:
-            raise ValueError("the prompt is empty: give text, ids, or a list of them")
-        if all(isinstance(row, str) for row in rows):
-            return [encode(row) for row in rows], True, True
-        if all(np.ndim(row) == 0 and not isinstance(row, str) for row in rows):
-            return [rows], False, False
-        if all(np.ndim(row) == 1 and not isinstance(row, str) for row in rows):
-            return [list(row) for row in rows], False, True
-        raise ValueError("a prompt is text, a list of ids, or a list of such prompts")
+        self, name: str, prompt: Any, encode: Callable[[str], list[int]] | None = None
+    ) -> tuple[list[list[int]], bool]:
+        """Prompts as ids, and whether there was a list of them."""
+        prompts = read_prompts(name, prompt)
+        ids = prompts.ids + [(encode or self._encode_text)(t) for t in prompts.texts]
+        return ids, prompts.is_batch
+
+    def _encode_one(self, what: str, prompt: Any) -> list[int]:
+        prompts, is_batch = self._encode(f"prompt of {what}", prompt)
+        if is_batch:
+            raise ValueError(f"{what} takes one prompt, not a list of {len(prompts)}")
+        return prompts[0]
 
     def _encode_text(self, text: str) -> list[int]:
         return encode_prompt(self.tokenizer, text)
@@ -625,6 +634,22 @@ def _joined(parts: Sequence[Score]) -> Score:
     nothing = Score(*(np.zeros(0, kind) for kind in (np.int32, np.float32, bool)))
     fields = (vars(part).values() for part in (nothing, *parts))
     return Score(*map(np.concatenate, zip(*fields, strict=True)))
+
+
+_UNORDERED = (str, bytes, bytearray, memoryview, Mapping, Set)
+
+
+def _numbered(requests: Any) -> Iterator[tuple[int, Any]]:
+    """Of what can be gone through in an order of its own: number and request."""
+    try:
+        if isinstance(requests, _UNORDERED):
+            raise TypeError
+        return enumerate(requests)
+    except TypeError:
+        kind = type(requests).__name__
+        raise ValueError(
+            f"requests={shown(requests)} must be a list or an iterator, not {kind}"
+        ) from None
 
 
 def _one_sequence(options: Options, what: str) -> Options:

@@ -3,11 +3,21 @@
 import dataclasses
 import itertools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from gpt2_jax.checks import (
+    check_text,
+    integer,
+    is_array,
+    is_list,
+    items,
+    number,
+    shown,
+    token_ids,
+)
 
 DEFAULT_NEW_TOKENS = 100
 EARLY_STOPPING = (False, True, "never")
@@ -50,7 +60,8 @@ class Options:
     Attributes:
       max_new_tokens: at most so many are drawn; by default 100.
       max_length: the same, the prompt counted too. Only one of the two.
-      min_new_tokens: no end before so many.
+      min_new_tokens: no end before so many, neither by an id nor by a stop string: one
+        that begins in these tokens ends nothing.
       num_return_sequences: results a prompt, each with draws of its own.
       do_sample: False takes the most probable token each time; by default tokens are
         drawn, unless the temperature is 0 or there are beams.
@@ -124,7 +135,9 @@ class Options:
             if getattr(self, name) is not None:
                 value = integer(name, getattr(self, name))
                 if not least <= value <= greatest:
-                    raise ValueError(f"{name}={value} must be in [{least}, {greatest}]")
+                    raise ValueError(
+                        f"{name}={shown(value)} must be in [{least}, {greatest}]"
+                    )
                 self._set(name, value)
         for name, (limits, allowed) in NUMBERS.items():
             x = number(name, getattr(self, name))
@@ -138,11 +151,12 @@ class Options:
         ):
             value = getattr(self, name)
             if not isinstance(value, bool | str | None) or value not in values:
-                raise ValueError(f"{name}={value!r} is not one of {values}")
+                raise ValueError(f"{name}={shown(value)} is not one of {values}")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        self._set("stop", tuple(_text("stop", s) for s in items("stop", stop)))
+        self._set("stop", _words("stop", stop))
         self._set("bad_words", _bad_words(self.bad_words))
-        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        ends = token_ids("stop_token_ids", self.stop_token_ids)
+        self._set("stop_token_ids", tuple(ends))
         self._set("logit_bias", _bias(self.logit_bias))
         if self.allowed_tokens is not None:
             self._set("allowed_tokens", _allowed(self.allowed_tokens))
@@ -242,6 +256,11 @@ class Options:
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises ValueError that names the first id outside the vocabulary."""
+        allowed = self.allowed_tokens
+        if allowed is not None and allowed.dtype == bool and len(allowed) != vocab_size:
+            raise ValueError(
+                f"allowed_tokens is a mask of {len(allowed)} ids for {vocab_size=}"
+            )
         words = (w for w in self.bad_words if not isinstance(w, str))
         for name, ids in (
             ("logit_bias", self.logit_bias),
@@ -251,7 +270,9 @@ class Options:
         ):
             for i in ids:
                 if not 0 <= i < vocab_size:
-                    raise ValueError(f"{name}: id {i} is outside [0, {vocab_size=})")
+                    raise ValueError(
+                        f"{name}: id {shown(int(i))} is outside [0, {vocab_size=})"
+                    )
         if self.logprobs > vocab_size:
             raise ValueError(f"logprobs={self.logprobs} exceeds {vocab_size=}")
         if self.table is not None and self.table.shape[1] != vocab_size:
@@ -266,60 +287,22 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def integer(name: str, value: Any) -> int:
-    """An int of anything that is one (numpy's too). ValueError on all others."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} must be an integer") from None
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    return tuple(_word(name, word) for word in items(name, value))
 
 
-def number(name: str, value: Any) -> float:
-    """A float of any number. ValueError on all others, and on NaN."""
-    try:
-        if isinstance(value, bool | np.bool_ | str | bytes):
-            raise TypeError
-        x = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}={value!r} must be a number") from None
-    if math.isnan(x):
-        raise ValueError(f"{name}={value!r} must be a number")
-    return x
-
-
-def items(name: str, value: Any) -> list[Any]:
-    """The items of a list or its like; ValueError on what has none, and on text."""
-    try:
-        if isinstance(value, str | bytes | Mapping):
-            raise TypeError
-        return list(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} must be a list") from None
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
+def _word(name: str, value: Any) -> str:
+    if not check_text(name, value):
         raise ValueError(f"{name}={value!r} must be text, a character at least")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name}={value!r} has a lone surrogate") from None
     return value
-
-
-def _ids(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(integer(f"{name}: id", i) for i in items(name, value))
 
 
 def _bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
     words: list[str | tuple[int, ...]] = []
     for word in items("bad_words", value):
+        is_text = isinstance(word, str)
         words.append(
-            _text("bad_words", word)
-            if isinstance(word, str)
-            else _ids("bad_words", word)
+            _word("bad_words", word) if is_text else tuple(token_ids("bad_words", word))
         )
         if not words[-1]:
             raise ValueError("bad_words has an empty word")
@@ -328,43 +311,50 @@ def _bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
 
 def _bias(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"logit_bias={value!r} must map token ids to numbers")
+        raise ValueError(f"logit_bias={shown(value)} must map token ids to numbers")
     bias = {}
-    for i, x in value.items():
-        name = f"logit_bias[{i!r}]"
-        bias[integer("logit_bias: id", i)] = number(name, x)
-        if number(name, x) > GREATEST:
-            raise ValueError(f"{name}={x} must be at most {GREATEST}")
-        if number(name, x) < -GREATEST:
-            bias[int(i)] = -math.inf
+    for key, x in value.items():
+        i = integer("logit_bias: id", key)
+        bias[i] = number(f"logit_bias[{i}]", x)
+        if bias[i] > GREATEST:
+            raise ValueError(f"logit_bias[{i}]={bias[i]} must be at most {GREATEST}")
+        if bias[i] < -GREATEST:
+            bias[i] = -math.inf
     return bias
 
 
 def _allowed(value: Any) -> np.ndarray:
     """Ids or a mask, of one dimension; or an int32 table of next states."""
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        array = np.zeros(())
-    if array.size == 0 or array.ndim not in (1, 2):
+    name = "allowed_tokens"
+    wanted = f"{name} must be token ids, bool [V] or int [states, V], and not empty"
+    rows = items(name, value)
+    if not rows:
+        raise ValueError(wanted)
+    if set(map(type, rows)) == {bool}:
+        if not any(rows):
+            raise ValueError(f"{name} allows no token")
+        return np.array(rows)
+    if not any(map(is_list, rows)):
+        ids = token_ids(name, rows)
+        for i in ids:
+            if not 0 <= i < 2**31:
+                raise ValueError(f"{name}: id {shown(i)} is outside [0, vocab_size)")
+        return np.array(ids)
+    states = [
+        np.asarray(row) if is_array(row) else np.array(token_ids(name, row))
+        for row in rows
+    ]
+    if len({x.shape for x in states}) > 1 or states[0].ndim != 1 or not states[0].size:
+        raise ValueError(wanted)
+    table = np.stack(states)
+    if table.dtype.kind not in "iuO":
+        raise ValueError(f"{name} must be integers or bool, not {table.dtype}")
+    outside = table[(table < -1) | (table >= len(table))]
+    if outside.size:
         raise ValueError(
-            "allowed_tokens must be token ids, bool [V] or int [states, V], and not "
-            "empty"
+            f"{name}: next state {shown(int(outside[0]))} is outside [-1, {len(table)})"
         )
-    if array.ndim == 1 and array.dtype == bool:
-        if not array.any():
-            raise ValueError("allowed_tokens allows no token")
-        return array
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"allowed_tokens must be integers or bool, not {array.dtype}")
-    if array.ndim == 2:
-        outside = array[(array < -1) | (array >= len(array))]
-        if outside.size:
-            raise ValueError(
-                f"allowed_tokens: next state {outside[0]} is outside [-1, {len(array)})"
-            )
-        stuck = np.flatnonzero((array < 0).all(axis=1))
-        if stuck.size:
-            raise ValueError(f"allowed_tokens: state {stuck[0]} allows no token")
-        return array.astype(np.int32)
-    return array
+    stuck = np.flatnonzero((table < 0).all(axis=1))
+    if stuck.size:
+        raise ValueError(f"{name}: state {stuck[0]} allows no token")
+    return table.astype(np.int32)

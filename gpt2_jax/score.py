@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
+from gpt2_jax.checks import integer, is_list, items, shown, token_ids
 from gpt2_jax.data.sft import pack
-from gpt2_jax.generate import apply, power_of_two
+from gpt2_jax.generate import apply, check_ids, power_of_two
 from gpt2_jax.losses import token_log_probs
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.sharding import on_cpu
@@ -110,6 +111,9 @@ def score_rows(
       ValueError: on a row that is too long or has too few ids, before anything runs.
     """
     limit = model.cfg.n_positions
+    rows = [_checked_row(i, row, n_valid) for i, row in enumerate(items("rows", rows))]
+    if batch_size is not None and integer("batch_size", batch_size) < 1:
+        raise ValueError(f"{batch_size=} must be >= 1")
     for i, row in enumerate(rows):
         if len(row.ids) - 1 > limit:
             raise ValueError(
@@ -141,6 +145,14 @@ def score_rows(
             waiting = places, result
     if waiting is not None:
         yield from _collect(rows, *waiting)
+
+
+def _checked_row(i: int, row: Any, n_valid: int) -> Row:
+    if not is_list(row) or len(row) != 2:
+        raise ValueError(f"row {i}: {shown(row)} is not (ids, number of scored ones)")
+    ids = token_ids(f"row {i}: ids", row[0])
+    check_ids(ids, n_valid)
+    return Row(ids, integer(f"row {i}: n_scored", row[1]))
 
 
 class _Stem(NamedTuple):

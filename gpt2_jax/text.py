@@ -1,6 +1,7 @@
 """From tokens to text as they come: whole characters only, and never a stop string."""
 
 import codecs
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,16 +15,23 @@ class TextStream:
 
     Args:
       token_bytes: what each id stands for.
-      stop: the row ends before the first of these.
+      stop: the row ends before the first of these that begins after `min_tokens`
+        tokens.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+    ):
         self._token_bytes = token_bytes
         self._stop = [s.encode() for s in stop]
+        self._min_tokens = min_tokens
         self._bytes = bytearray()
         self._given = 0  # bytes that went out
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._starts: list[int] = []  # where each token begins
+        self._edges = [0]  # where each token begins, and the last one ends
         self.stopped = False
 
     def push(self, ids: Sequence[int]) -> str:
@@ -31,9 +39,9 @@ class TextStream:
         for i in ids:
             if self.stopped:
                 break
-            self._starts.append(len(self._bytes))
             self._bytes += self._token_bytes[i]
-            self._find_stop(self._starts[-1])
+            self._edges.append(len(self._bytes))
+            self._find_stop(self._edges[-2])
         end = len(self._bytes) - (0 if self.stopped else self._pending())
         return self._give(end, final=False)
 
@@ -43,28 +51,36 @@ class TextStream:
 
     @property
     def n_tokens(self) -> int:
-        """How many of the tokens begin before the stop string."""
-        return sum(start < len(self._bytes) for start in self._starts)
+        """How many tokens come before the stop string; one that it cuts counts."""
+        cut = len(self._bytes)
+        return sum(a < cut or b == cut for a, b in itertools.pairwise(self._edges))
 
     def _give(self, end: int, final: bool) -> str:
         piece = bytes(self._bytes[self._given : end])
         self._given = end
         return self._decoder.decode(piece, final)
 
+    @property
+    def _first(self) -> int:
+        """The byte at which a stop string may begin."""
+        return self._edges[min(self._min_tokens, len(self._edges) - 1)]
+
     def _find_stop(self, new: int) -> None:
         """Cuts at the earliest stop string that ends after byte `new`."""
-        at = [self._bytes.find(s, max(0, new - len(s) + 1)) for s in self._stop]
+        first = self._first
+        at = [self._bytes.find(s, max(first, new - len(s) + 1)) for s in self._stop]
         if found := [i for i in at if i >= 0]:
             self.stopped = True
             del self._bytes[min(found) :]
 
     def _pending(self) -> int:
         """Length of the longest end of the text that some stop string begins with."""
+        room = len(self._bytes) - self._first
         return max(
             (
                 n
                 for s in self._stop
-                for n in range(1, min(len(s), len(self._bytes) + 1))
+                for n in range(1, min(len(s), room + 1))
                 if self._bytes.endswith(s[:n])
             ),
             default=0,

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpt2_jax.checks import check_text, shown, token_ids
 from gpt2_jax.files import user_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -112,24 +113,18 @@ class _TableTokenizer:
         return self._bytes(ids).decode("utf-8", errors="replace")
 
     def _bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        array = np.asarray(ids)  # of any library
-        bad = array[(array < 0) | (array >= self.vocab_size)]
-        if bad.size:
-            raise ValueError(
-                f"token id {bad[0]} is out of range: vocab_size={self.vocab_size}"
-            )
-        return b"".join([self._table[i] for i in array.tolist()])
+        numbers = token_ids("token ids", ids)
+        for i in numbers:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(
+                    f"token id {shown(i)} is out of range: vocab_size={self.vocab_size}"
+                )
+        return b"".join([self._table[i] for i in numbers])
 
 
 def _utf8(text: str) -> bytes:
-    """UTF-8 of text; ValueError if it has none."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text has a lone surrogate {text[error.start]!a} at character "
-            f"{error.start}: it cannot be written in UTF-8"
-        ) from None
+    """UTF-8 of text; ValueError if it has none, or is no text."""
+    return check_text("text", text).encode()
 
 
 class ByteTokenizer(_TableTokenizer):

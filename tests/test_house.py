@@ -41,6 +41,7 @@ HOUSE = [
     "generate",
     "sampling",
     "options",
+    "prompts",
     "text",
     "detokenize",
     "interop.formats",

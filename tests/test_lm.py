@@ -244,9 +244,10 @@ def test_logits(lm):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([1, 2], r"shape \[B, T\] with B, T >= 1, not \(2,\)"),
-        (np.zeros((1, 0), int), r"not \(1, 0\)"),
-        ([[1.0]], "token ids must be integers, not float64"),
+        ([1, 2], r"token_ids=\[1, 2\] must have shape \[B, T\] with B, T >= 1"),
+        (np.zeros((1, 0), int), r"must have shape \[B, T\]"),
+        ([[1, 2], [3]], r"=\[\[1, 2\], \[3\]\] must have .* all rows of one length"),
+        ([[1.0]], "token_ids: id=1.0 must be an integer"),
         ([[264]], "token id 264 is outside"),
         ([[0] * 65], "T=65 tokens exceed n_positions=64"),
     ],
@@ -281,7 +282,7 @@ def test_bad_prompts_and_options_are_refused(lm, prompt, options, message):
 def test_bad_requests_of_a_queue_are_refused_by_their_index(lm):
     for item, message in (
         ({}, "request 1 has no prompt"),
-        (["a", "b"], "request 1 is a list of prompts"),
+        (["a", "b"], "request 1 takes one prompt, not a list of 2"),
         ({"prompt": "a", "logprobs": 3}, "request 1: logprobs is for all requests"),
         ({"prompt": "a", "top_p": 3}, "top_p=3"),
         ("a" * 70, "prompt 1: a prompt of 70 tokens"),

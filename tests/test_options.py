@@ -67,7 +67,7 @@ BAD = [
     (dict(bad_words=[[1.5]]), "bad_words: id=1.5 must be an integer"),
     (dict(bad_words=[7]), "bad_words=7 must be a list"),
     (dict(allowed_tokens=[]), "allowed_tokens must be token ids"),
-    (dict(allowed_tokens=[1.5]), "allowed_tokens must be integers or bool"),
+    (dict(allowed_tokens=[1.5]), "allowed_tokens: id=1.5 must be an integer"),
     (dict(allowed_tokens=np.zeros(9, bool)), "allows no token"),
     (dict(allowed_tokens=[[1, -1]]), r"next state 1 is outside \[-1, 1\)"),
     (dict(allowed_tokens=[[1, 0], [-1, -1]]), "state 1 allows no token"),
@@ -167,7 +167,8 @@ def test_how_many_tokens_are_new():
         (dict(stop_token_ids=[-1]), "stop_token_ids: id -1 is outside"),
         (dict(bad_words=[[3, 99]]), "bad_words: id 99 is outside"),
         (dict(allowed_tokens=[3, 61]), "allowed_tokens: id 61 is outside"),
-        (dict(allowed_tokens=np.ones(62, bool)), "allowed_tokens: id 61 is outside"),
+        (dict(allowed_tokens=np.ones(62, bool)), "a mask of 62 ids for vocab_size=61"),
+        (dict(allowed_tokens=np.ones(60, bool)), "a mask of 60 ids for vocab_size=61"),
         (
             dict(allowed_tokens=np.zeros((2, 60), int)),
             "has 60 columns for vocab_size=61",

@@ -82,6 +82,28 @@ def test_random_texts_stop_where_the_first_stop_string_is_complete(stop):
     assert n_stopped > 30
 
 
+def test_a_stop_string_that_begins_in_the_first_tokens_ends_nothing():
+    for ids, least, text, n in (
+        ([0, 0, 0, 0], 2, "aa", 2),  # "a" each time: the third one ends it
+        ([2, 0, 1, 0], 1, "aba", 2),  # ab a b a: the first "ba" begins in "ab"
+        ([2, 0, 1, 0, 2, 0], 3, "ababaa", 5),
+        ([1, 2, 0, 1, 0], 1, "ba", 2),  # begins within the second token
+        ([1, 0], 5, "ba", 2),  # fewer tokens than the least
+    ):
+        stop = ["a"] if text == "aa" else ["ba"]
+        stream = TextStream(WORDS, stop, min_tokens=least)
+        whole = stream.push(ids)
+        whole += "" if stream.stopped else stream.finish()
+        assert (whole, stream.n_tokens) == (text, n)
+
+
+def test_a_token_without_text_before_a_stop_string_counts():
+    table = [b"", b"a", b"b"]
+    stream = TextStream(table, ["b"], min_tokens=2)
+    assert stream.push([1, 0, 2]) == "a"
+    assert (stream.stopped, stream.n_tokens) == (True, 2)
+
+
 def test_no_piece_holds_the_beginning_of_what_turns_out_to_be_a_stop_string():
     out, stream = pieces([0, 3, 5, 6, 0], ["\nUser:"])  # a, \n, User, :
     assert out == ["a", "", "", ""]
