@@ -6,26 +6,27 @@ the log-probabilities of the rows, so these are what is kept of an evaluation.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
-from gpt2_jax.data.sources import Document, documents, examples_of_hub, open_file
+from gpt2_jax.checks import shown
+from gpt2_jax.data.records import Records, lacks, text_of, texts_of
+from gpt2_jax.data.records import Row as Record
+from gpt2_jax.data.sources import (
+    RECORD_SUFFIXES,
+    Document,
+    documents,
+    streams_stored,
+)
 from gpt2_jax.detokenize import detokenize
-from gpt2_jax.files import user_path
-from gpt2_jax.lm import LanguageModel, load
-from gpt2_jax.score import Row, Score, sliding_rows
-from gpt2_jax.sharding import make_mesh
+from gpt2_jax.lm import LanguageModel
+from gpt2_jax.score import Row, sliding_rows
 from gpt2_jax.tokenizer import Tokenizer
 
+T = TypeVar("T")
 TARGETS = ("word", "token")
 BLANK = "XXXXX"
 
@@ -75,6 +76,9 @@ class Options:
             )
 
 
+DEFAULT = Options()
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """Examples, and what makes figures of what was found for each."""
@@ -104,7 +108,7 @@ class Reader:
             stride = max(1, self.n_positions // 2)
         return sliding_rows(ids, self.n_positions, stride)
 
-    def row(self, context: str, continuation: str, where: str) -> Row:
+    def row(self, context: str, continuation: str) -> Row:
         """The tokens of both together, of which those beyond the context's are scored.
 
         What does not fit is cut from the left.
@@ -114,17 +118,17 @@ class Reader:
         n = 0
         while n < min(len(ids), len(before)) and ids[n] == before[n]:
             n += 1
-        return self.cut(ids, len(ids) - n, where)
+        return self.cut(ids, len(ids) - n)
 
-    def cut(self, ids: list[int], n_scored: int, where: str) -> Row:
+    def cut(self, ids: list[int], n_scored: int) -> Row:
         if n_scored == len(ids):
             if self.tokenizer.eot_id is None:
-                raise ValueError(f"{where}: nothing comes before what is scored")
+                raise ValueError("nothing comes before what is scored")
             ids = [self.tokenizer.eot_id, *ids]
         if not 0 < n_scored <= self.n_positions:
             raise ValueError(
-                f"{where}: {n_scored} tokens to score must be in "
-                f"[1, {self.n_positions}], the context"
+                f"{n_scored} tokens to score must be in [1, {self.n_positions}], the "
+                "context"
             )
         self.n_cut += len(ids) > self.n_positions + 1
         return Row(ids[-self.n_positions - 1 :], n_scored)
@@ -140,94 +144,64 @@ class Reader:
 
 # --- Files ----------------------------------------------------------------------------
 
-Fields = dict[str, type | tuple[type, ...]]
+Sources = Sequence[Document | Records]
+Where = str  # file and line, of errors
 
 
-def read_rows(path: str, fields: Fields) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of JSON Lines, Parquet or `hf:NAME[:CONFIG[:SPLIT]]`.
+def rows_of(found: Sources, *columns: str) -> Iterator[tuple[Where, Record]]:
+    """The records of all files.
 
     Raises:
-      ValueError: naming file and line, on what is no row or lacks one of the fields.
+      ValueError: on a file of text.
     """
-    for where, row in _rows(path):
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: no JSON object")
-        for name, kind in fields.items():
-            if name not in row:
-                found = ", ".join(row) or "nothing"
-                raise ValueError(f"{where}: no field {name!r}, only {found}")
-            if not isinstance(row[name], kind):
-                raise ValueError(f"{where}: {name!r} is {_brief(row[name])}")
-        yield where, row
-
-
-def _rows(path: str) -> Iterator[tuple[str, Any]]:
-    if path.startswith("hf:"):
-        for i, row in enumerate(examples_of_hub(path), 1):
-            yield f"{path}: example {i}", row
-    elif path.endswith(".parquet"):
-        try:
-            from pyarrow import ArrowException, parquet
-        except ImportError:
+    for source in found:
+        if not isinstance(source, Records):
             raise ValueError(
-                "Parquet files need the package pyarrow: pip install "
-                "'gpt2-jax[parquet]'"
-            ) from None
+                f"{source.name} is read as text, not as rows: names of files with rows "
+                f"end in {', '.join(RECORD_SUFFIXES)}"
+            )
+        for row, place in source.rows(columns=columns):
+            yield source.where(place.number), row
+
+
+def examples_of(
+    rows: Iterable[tuple[Where, T]], make: Callable[[T], Example]
+) -> list[Example]:
+    """What `make` makes of each; its errors get the place in front."""
+    examples = []
+    for where, row in rows:
         try:
-            table = parquet.read_table(path)
-        except ArrowException as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
-        for i, row in enumerate(table.to_pylist(), 1):
-            yield f"{path}: row {i}", row
-    else:
-        for i, line in enumerate(read_text(path).splitlines(), 1):
-            if line.strip():
-                try:
-                    yield f"{path}: line {i}", json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}: line {i}: no JSON ({error})") from None
-
-
-def has_rows(path: str) -> bool:
-    return path.startswith("hf:") or path.endswith((".jsonl", ".parquet"))
-
-
-def read_text(path: str) -> str:
-    with open_file(path) as file:
-        content = file.read()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: {error.reason} at byte {error.start}"
-        ) from None
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+            examples.append(make(row))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return examples
 
 
 # --- Tasks ----------------------------------------------------------------------------
 
 
-def perplexity(path: str, reader: Reader) -> Prepared:
+def perplexity(found: Sources, reader: Reader) -> Prepared:
     """Of each document by itself: what `data.path` may be."""
     texts: list[str] = []
-    for source in documents(path):  # a file of one document, or of many
+    for source in found:  # a file of one document, or of many
         one = isinstance(source, Document)
         texts += ["".join(source.texts())] if one else source.texts()
     return _perplexity(texts, reader, f"{len(texts)} documents apart")
 
 
-def wikitext(path: str, reader: Reader) -> Prepared:
+def wikitext(found: Sources, reader: Reader) -> Prepared:
     """A file of tokens, or rows that are its lines: one text."""
-    if not has_rows(path):
-        return _perplexity([read_text(path)], reader, "all text in one")
+    if isinstance(found[0], Document):
+        text = "".join(part for source in found for part in source.texts())
+        return _perplexity([text], reader, "all text in one")
+    lines = []
+
+    def add(row: Record) -> Example:
+        lines.append(text_of(row, "text").removesuffix("\n"))
+        return Example(())
+
+    examples_of(rows_of(found, "text"), add)
     # As the lines of the file: an empty row stands for a lone space.
-    lines = (
-        row["text"].removesuffix("\n") for _, row in read_rows(path, {"text": str})
-    )
     text = "".join(f"{line or ' '}\n" for line in lines)
     return _perplexity([text], reader, "all rows in one text")
 
@@ -237,6 +211,8 @@ def _perplexity(texts: Sequence[str], reader: Reader, of: str) -> Prepared:
     n_bytes = sum(len(text.encode()) for text in texts)
     rows = [row for text in texts for row in reader.text_rows(reader.detokenize(text))]
     n_tokens = sum(row.n_scored for row in rows)
+    if not n_words:  # white space alone has no perplexity a word
+        rows = []
     limit, stride = reader.n_positions, reader.options.stride
     stride = max(1, limit // 2) if stride is None else stride
     has_end = reader.tokenizer.eot_id is not None
@@ -272,26 +248,22 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-def lambada(path: str, reader: Reader) -> Prepared:
+def lambada(found: Sources, reader: Reader) -> Prepared:
     """The end of each passage: of lines of plain text, or of the field `text`."""
-    if has_rows(path):
-        passages = ((w, row["text"]) for w, row in read_rows(path, {"text": str}))
-    else:
-        lines = enumerate(read_text(path).splitlines(), 1)
-        passages = ((f"{path}: line {i}", line) for i, line in lines if line.strip())
-    target, examples = reader.options.target or "word", []
-    for where, text in passages:
-        text = reader.detokenize(text.rstrip())
-        if target == "word":
-            words = text.rsplit(None, 1)
-            if len(words) < 2:
-                raise ValueError(f"{where}: {_brief(text)} has no word before its last")
-            context = text[: -len(words[1])].rstrip()
-            row = reader.row(context, text[len(context) :], where)
-        else:
+    target = reader.options.target or "word"
+
+    def example(row: Record) -> Example:
+        text = reader.detokenize(text_of(row, "text").rstrip())
+        if target == "token":
             ids = reader.tokenizer.encode(text)
-            row = reader.cut(ids, min(1, len(ids)), where)
-        examples.append(Example((row,)))
+            return Example((reader.cut(ids, min(1, len(ids))),))
+        words = text.rsplit(None, 1)
+        if len(words) < 2:
+            raise ValueError(f"{shown(text, 40)} has no word before its last")
+        context = text[: -len(words[1])].rstrip()
+        return Example((reader.row(context, text[len(context) :]),))
+
+    examples = examples_of(_passages(found), example)
     rule = {
         "word": "the last word with the space before it, all tokens of it",
         "token": "the last token, as OpenAI did",
@@ -310,50 +282,67 @@ def lambada(path: str, reader: Reader) -> Prepared:
     return Prepared(examples, figures)
 
 
-def hellaswag(path: str, reader: Reader) -> Prepared:
+def _passages(found: Sources) -> Iterator[tuple[Where, Record]]:
+    for source in found:
+        if isinstance(source, Records):
+            yield from rows_of([source], "text")
+        else:
+            lines = source.lines()
+            yield from ((where, {"text": x}) for where, x in lines if x.strip())
+
+
+def hellaswag(found: Sources, reader: Reader) -> Prepared:
     """The ending of greatest probability, of rows with ctx, endings and label."""
-    fields: Fields = {"ctx": str, "endings": list, "label": (int, str)}
-    examples = []
-    for where, row in read_rows(path, fields):
-        endings, label = row["endings"], str(row["label"])
-        if not endings or not all(isinstance(x, str) for x in endings):
-            raise ValueError(f"{where}: 'endings' is {_brief(endings)}")
-        if not label.isdecimal() or int(label) >= len(endings):
+
+    def example(row: Record) -> Example:
+        context = reader.detokenize(text_of(row, "ctx"))
+        endings = [" " + reader.detokenize(x) for x in texts_of(row, "endings")]
+        if not endings:
+            raise ValueError("'endings' is []")
+        if "label" not in row:
+            raise lacks("label", row)
+        label = row["label"]
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise ValueError(f"'label' is {shown(label, 40)}")
+        places = [str(i) for i in range(len(endings))]
+        if str(label) not in places:
             raise ValueError(
-                f"{where}: label {_brief(row['label'])} is not in "
-                f"[0, {len(endings)}), the endings"
+                f"label {shown(label, 40)} is not in [0, {len(endings)}), the endings"
             )
-        context = reader.detokenize(row["ctx"])
-        rows = (
-            reader.row(context, " " + reader.detokenize(ending), where)
-            for ending in endings
-        )
-        examples.append(Example(tuple(rows), int(label)))
+        rows = tuple(reader.row(context, ending) for ending in endings)
+        return Example(rows, places.index(str(label)))
+
+    examples = examples_of(rows_of(found, "ctx", "endings", "label"), example)
     how = f"over {len(examples)} examples: completion of ctx, a space, {reader.how}"
     return Prepared(examples, lambda found: _choice(examples, found, how, "ending"))
 
 
-def cloze(path: str, reader: Reader) -> Prepared:
+def cloze(found: Sources, reader: Reader) -> Prepared:
     """The candidate for the blank that makes it and the rest of its sentence likeliest.
 
     Blocks of 20 numbered lines and a 21st of question, answer and candidates, as the
     Children's Book Test is published; or rows of sentences, question, answer, options.
     """
-    examples = []
-    for where, sentences, question, answer, candidates in _blanks(path):
+
+    def example(row: Record | list[str]) -> Example:
+        row = _numbered(row) if isinstance(row, list) else row
+        question, answer = text_of(row, "question"), text_of(row, "answer")
+        candidates = texts_of(row, "options")
+        sentences = [*texts_of(row, "sentences"), question]
         if question.count(BLANK) != 1:
-            raise ValueError(f"{where}: {_brief(question)} must have one {BLANK}")
+            raise ValueError(f"{shown(question, 40)} must have one {BLANK}")
         if answer not in candidates:
-            raise ValueError(f"{where}: {answer!r} is not among {_brief(candidates)}")
+            raise ValueError(f"{shown(answer, 40)} is not among {shown(candidates)}")
         texts = [
-            reader.detokenize(" ".join([*sentences, question]).replace(BLANK, x))
-            for x in candidates
+            reader.detokenize(" ".join(sentences).replace(BLANK, x)) for x in candidates
         ]
         # What all have before the blank; a detokenizer may join it to what is there.
-        whole = reader.detokenize(" ".join([*sentences, question]))
+        whole = reader.detokenize(" ".join(sentences))
         context = whole[: whole.index(BLANK)].rstrip()
-        rows = (reader.row(context, text[len(context) :], where) for text in texts)
-        examples.append(Example(tuple(rows), candidates.index(answer)))
+        rows = tuple(reader.row(context, text[len(context) :]) for text in texts)
+        return Example(rows, candidates.index(answer))
+
+    examples = examples_of(_blanks(found), example)
     how = (
         f"over {len(examples)} questions: sentences joined by spaces, candidate and "
         f"rest of its sentence given all before, {reader.how}"
@@ -361,31 +350,37 @@ def cloze(path: str, reader: Reader) -> Prepared:
     return Prepared(examples, lambda found: _choice(examples, found, how, "candidate"))
 
 
-def _blanks(path: str) -> Iterator[tuple[str, list[str], str, str, list[str]]]:
-    if has_rows(path):
-        kinds: Fields = {"sentences": list, "question": str}
-        for where, row in read_rows(path, {**kinds, "answer": str, "options": list}):
-            rest = row["question"], row["answer"], row["options"]
-            yield where, row["sentences"], *rest
-        return
-    at = 1
-    for block in re.split(r"\n[ \t\r]*\n", read_text(path).rstrip()):
-        where = f"{path}: line {at}"
-        at += block.count("\n") + 2
-        lines = [line for line in block.splitlines() if line.strip()]
-        if not lines:
+def _blanks(found: Sources) -> Iterator[tuple[Where, Record | list[str]]]:
+    """Rows, or of a text the lines of each block; empty lines are between them."""
+    for source in found:
+        if isinstance(source, Records):
+            yield from rows_of([source], "sentences", "question", "answer", "options")
             continue
-        numbered = [line.split(" ", 1) for line in lines]
-        if [number for number, *_ in numbered] != [str(i) for i in range(1, 22)]:
-            raise ValueError(f"{where}: no block of 21 lines numbered 1 to 21")
-        *sentences, last = (" ".join(rest).strip() for _, *rest in numbered)
-        fields = last.split("\t")
-        if len(fields) < 3:
-            raise ValueError(
-                f"{where}: line 21 of a block is no question, answer and candidates "
-                "with tabs between"
-            )
-        yield where, sentences, fields[0], fields[1], fields[-1].split("|")
+        block: list[tuple[Where, str]] = []
+        for where, line in source.lines():
+            if line.strip():
+                block.append((where, line))
+            elif block:
+                yield block[0][0], [line for _, line in block]
+                block = []
+        if block:
+            yield block[0][0], [line for _, line in block]
+
+
+def _numbered(lines: list[str]) -> Record:
+    """The row that a block of 21 lines stands for."""
+    numbered = [line.split(" ", 1) for line in lines]
+    if [number for number, *_ in numbered] != [str(i) for i in range(1, 22)]:
+        raise ValueError("no block of 21 lines numbered 1 to 21")
+    *sentences, last = (" ".join(rest).strip() for _, *rest in numbered)
+    fields = last.split("\t")
+    if len(fields) < 3:
+        raise ValueError(
+            "line 21 of a block is no question, answer and candidates with tabs between"
+        )
+    options = fields[-1].split("|")
+    names = ("sentences", "question", "answer", "options")
+    return dict(zip(names, (sentences, fields[0], fields[1], options), strict=True))
 
 
 def _choice(
@@ -410,7 +405,7 @@ def _choice(
     }
 
 
-TASKS: dict[str, Callable[[str, Reader], Prepared]] = {
+TASKS: dict[str, Callable[[Sources, Reader], Prepared]] = {
     "perplexity": perplexity,
     "wikitext": wikitext,
     "lambada": lambada,
@@ -418,9 +413,6 @@ TASKS: dict[str, Callable[[str, Reader], Prepared]] = {
     "cloze": cloze,
 }
 TAKES_STRIDE = ("perplexity", "wikitext")
-
-
-# --- Evaluation -----------------------------------------------------------------------
 
 
 def prepare(task: str, path: str, lm: LanguageModel, options: Options) -> Prepared:
@@ -437,154 +429,8 @@ def prepare(task: str, path: str, lm: LanguageModel, options: Options) -> Prepar
     if options.target is not None and task != "lambada":
         raise ValueError(f"target={options.target!r} is of lambada, not of {task}")
     reader = Reader(lm.tokenizer, lm.config.n_positions, options)
-    prepared = TASKS[task](path, reader)
+    with streams_stored(path) as files:
+        prepared = TASKS[task](documents(files), reader)
     if not prepared.examples:
-        raise ValueError(f"{path}: no example in it")
+        raise ValueError(f"{path}: no example in it, or white space alone")
     return prepared
-
-
-def evaluate_task(
-    model: str,
-    task: str,
-    path: str,
-    options: Options = Options(),
-    *,
-    step: int | str | None = None,
-    dtype: str = "float32",
-    batch_size: int | None = None,
-    out: str | Path | None = None,
-) -> dict[str, Figure]:
-    """The figures of a task, computed over all devices.
-
-    Args:
-      model, step, dtype: as of `gpt2_jax.load`.
-      path: of the task's files.
-      batch_size: windows at a time; None: as many as suit the device.
-      out: a `.json` file for the figures. What each example gave is appended to the
-        `.jsonl` beside it as it comes, and the same command goes on from there.
-
-    Raises:
-      ValueError, OSError: as `prepare` and `load`; and where the `.jsonl` is of another
-        evaluation.
-    """
-    out = None if out is None else user_path(out)
-    if out is not None and out.suffix != ".json":
-        raise ValueError(f"out={str(out)!r} must end in .json")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"{batch_size=} must be >= 1")
-    mesh = make_mesh() if jax.device_count() > 1 else None
-    lm = load(model, step=step, dtype=dtype, mesh=mesh)
-    prepared = prepare(task, path, lm, options)
-    if out is None:
-        found = run(lm, prepared.examples, batch_size=batch_size)
-    else:
-        with Results(out.with_suffix(".jsonl"), lm, task, prepared) as results:
-            found = run(lm, prepared.examples, results, batch_size=batch_size)
-    at = "" if lm.step is None else f" at step {lm.step}"
-    figures = {
-        name: Figure(value, f"{how}; {model}{at}, {dtype}")
-        for name, (value, how) in prepared.figures(found).items()
-    }
-    if out is not None:
-        said: dict[str, Any] = {"task": task, "model": model, "step": lm.step}
-        said |= {"dtype": dtype, "path": path, **dataclasses.asdict(options)}
-        said["figures"] = {name: figure._asdict() for name, figure in figures.items()}
-        out.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    return figures
-
-
-class Results:
-    """What was found, an example a line, in a file that goes with one evaluation.
-
-    It begins with a hash of weights, task, tokens and answers; a last line that is not
-    whole is dropped.
-    """
-
-    def __init__(
-        self, path: Path, lm: LanguageModel, task: str, prepared: Prepared
-    ) -> None:
-        self.found: dict[int, Found] = {}
-        head = json.dumps({"evaluation": _identity(lm, task, prepared.examples)})
-        whole, end, _ = (path.read_text() if path.exists() else "").rpartition("\n")
-        lines = whole.split("\n") if end else []
-        if lines and lines[0] != head:
-            raise ValueError(
-                f"{path} holds results of another evaluation (model, task, data or "
-                "options): remove it, or choose another name"
-            )
-        for number, line in enumerate(lines[1:], 2):
-            try:
-                record = json.loads(line)
-                i, *rest = (record[k] for k in ("example", *Found._fields))
-                rows = prepared.examples[i].rows
-                if {len(x) for x in rest} != {len(rows)}:
-                    raise ValueError("another number of rows")
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(f"{path}: line {number}: damaged ({error})") from None
-            self.found[i] = Found(*rest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w" if not lines else "r+", encoding="utf-8")
-        if lines:
-            self._file.seek(len((whole + end).encode()))
-            self._file.truncate()
-        else:
-            self._file.write(head + "\n")
-
-    def add(self, i: int, found: Found) -> None:
-        self.found[i] = found
-        self._file.write(json.dumps({"example": i, **found._asdict()}) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> "Results":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _identity(lm: LanguageModel, task: str, examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256(f"{task} {lm.model} {lm.tokenizer.vocab_size}".encode())
-    for leaf in jax.tree.leaves(lm.params):  # the first row of each tells runs apart
-        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)]).tobytes())
-    for example in examples:
-        digest.update(repr((len(example.rows), example.answer)).encode())
-        for ids, n in example.rows:
-            digest.update(np.asarray([n, *ids], "<i8").tobytes())
-    return digest.hexdigest()
-
-
-def run(
-    lm: LanguageModel,
-    examples: Sequence[Example],
-    results: Results | None = None,
-    *,
-    batch_size: int | None = None,
-) -> list[Found]:
-    """What the model gives each example; those in `results` are not computed again."""
-    found = {} if results is None else results.found
-    rows: list[Row] = []
-    owners: list[tuple[int, int]] = []  # the example and its row
-    for i, example in enumerate(examples):
-        if i not in found:
-            rows += example.rows
-            owners += [(i, j) for j in range(len(example.rows))]
-    scores: dict[int, dict[int, Score]] = {}
-    progress = tqdm(total=len(examples), initial=len(found), disable=None, unit=" ex")
-    with progress:
-        for at, score in lm.score_rows(rows, batch_size=batch_size):
-            i, j = owners[at]
-            of_rows = scores.setdefault(i, {})
-            of_rows[j] = score
-            if len(of_rows) == len(examples[i].rows):
-                del scores[i]
-                ordered = [of_rows[j] for j in range(len(of_rows))]
-                one = Found(
-                    [s.total for s in ordered],
-                    [bool(s.is_greedy.all()) for s in ordered],
-                )
-                if results is None:
-                    found[i] = one
-                else:
-                    results.add(i, one)
-                progress.update()
-    return [found[i] for i in range(len(examples))]

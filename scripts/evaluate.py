@@ -14,7 +14,8 @@ from absl import flags
 
 from gpt2_jax.detokenize import DETOKENIZERS
 from gpt2_jax.evaluate import evaluate_run
-from gpt2_jax.tasks import TARGETS, TASKS, Options, evaluate_task
+from gpt2_jax.task_runs import evaluate_task
+from gpt2_jax.tasks import TARGETS, TASKS, Options
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")

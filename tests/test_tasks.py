@@ -5,12 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from gpt2_jax import tasks
+from gpt2_jax import task_runs
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.detokenize import detokenize
 from gpt2_jax.interop import hf
 from gpt2_jax.lm import LanguageModel, load
-from gpt2_jax.tasks import Options, evaluate_task, prepare, run
+from gpt2_jax.task_runs import evaluate_task, run
+from gpt2_jax.tasks import TASKS, Options, prepare
 from gpt2_jax.tokenizer import ByteTokenizer
 from shapes import TINY, random_params
 
@@ -247,14 +248,14 @@ def test_killed_it_goes_on_and_ends_the_same(evaluation, monkeypatch):
     partial.unlink()
     out.unlink()
 
-    add = tasks.Results.add
+    add = task_runs.Results.add
 
     def add_three(self, i, found):
         if len(self.found) == 3:
             raise Killed
         add(self, i, found)
 
-    monkeypatch.setattr(tasks.Results, "add", add_three)
+    monkeypatch.setattr(task_runs.Results, "add", add_three)
     with pytest.raises(Killed):
         evaluate(batch_size=4)
     monkeypatch.undo()
@@ -302,8 +303,25 @@ def test_results_of_another_evaluation_are_refused(evaluation, tmp_path):
     lines = out.with_suffix(".jsonl").read_text().splitlines()
     lines[2] = lines[2][:-9]
     out.with_suffix(".jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match="line 3: damaged"):
+    with pytest.raises(ValueError, match="line 3: not JSON"):
         evaluate()
+
+
+@pytest.mark.parametrize(
+    "gap", [" ", "\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"]
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lines_end_at_line_feeds_alone(lm, tmp_path, gap, end, mark):
+    """White space of every kind, line ends and byte order marks: the same passages."""
+    texts = [f"the quick{gap}brown fox jumps", "a lazy dog sleeps"]
+    (tmp_path / "a.txt").write_bytes((mark + end.join(texts) + end).encode())
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes((mark + end.join(rows) + end).encode())
+    expected = [(*text.encode(),) for text in texts]
+    for name in ("a.txt", "a.jsonl"):
+        found = prepare("lambada", str(tmp_path / name), lm, Options()).examples
+        assert [tuple(example.rows[0].ids) for example in found] == expected
 
 
 # --- Bad input ------------------------------------------------------------------------
@@ -316,18 +334,20 @@ GOOD = {"ctx": "a b", "endings": ["c", "d"], "label": 0}
     ("task", "content", "options", "line"),
     [
         ("swag", [GOOD], {}, "task='swag' is not one of perplexity, wikitext, lambada"),
-        ("hellaswag", [], {}, "no example in it"),
-        ("lambada", [], {}, "no example in it"),
-        ("wikitext", [], {}, "no example in it"),
+        ("hellaswag", "\n", {}, "no example in it"),
+        ("lambada", "\n", {}, "no example in it"),
+        ("wikitext", " \n", {}, "no example in it, or white space alone"),
+        ("wikitext", [{"text": " \n"}], {}, "no example in it, or white space alone"),
+        ("perplexity", [{"text": " \n"}], {}, "in it, or white space alone"),
         ("perplexity", [], {}, "every file is empty"),
         ("hellaswag", [GOOD, {"ctx": "a"}], {}, "line 2: no field 'endings', only ctx"),
         ("hellaswag", [{**GOOD, "label": 2}], {}, "line 1: label 2 is not in [0, 2)"),
         ("hellaswag", [{**GOOD, "label": "x"}], {}, "label 'x' is not in [0, 2)"),
         ("hellaswag", [{**GOOD, "label": None}], {}, "line 1: 'label' is None"),
-        ("hellaswag", [{**GOOD, "endings": [1]}], {}, "line 1: 'endings' is [1]"),
+        ("hellaswag", [{**GOOD, "endings": [1]}], {}, "line 1: 'endings' is 1"),
         ("hellaswag", [{**GOOD, "endings": []}], {}, "line 1: 'endings' is []"),
-        ("hellaswag", [[1]], {}, "line 1: no JSON object"),
-        ("hellaswag", "{", {}, "line 1: no JSON"),
+        ("hellaswag", [[1]], {}, "line 1: [1] is no JSON object"),
+        ("hellaswag", "{", {}, "line 1: not JSON"),
         ("lambada", [{"text": 5}], {}, "line 1: 'text' is 5"),
         ("lambada", [{"text": "one"}], {}, "line 1: 'one' has no word before its last"),
         ("lambada", [{"text": "a " + "x" * 200}], {}, "201 tokens to score must be in"),
@@ -347,6 +367,14 @@ def test_bad_input_is_one_line(lm, tmp_path, task, content, options, line):
     assert "\n" not in str(error.value)
 
 
+def test_a_deep_row_is_one_line(lm, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    for task in TASKS:
+        with pytest.raises(ValueError, match=r"line 1: not JSON \(nested too deep"):
+            prepare(task, str(path), lm, Options())
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -358,7 +386,8 @@ def test_bad_input_is_one_line(lm, tmp_path, task, content, options, line):
             block("cat").replace("\t", " "),
             "no question, answer and candidates with tabs",
         ),
-        ("", "no example in it"),
+        ("", "every file is empty"),
+        ("\n", "no example in it"),
     ],
 )
 def test_bad_blocks_are_one_line(lm, tmp_path, text, line):
@@ -372,7 +401,7 @@ def test_bad_files_and_names(folder, tmp_path):
     with pytest.raises(FileNotFoundError):
         evaluate_task(str(folder), "lambada", str(tmp_path / "none.txt"))
     (tmp_path / "latin.txt").write_bytes(b"a b\xff")
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: .* at byte 3"):
+    with pytest.raises(ValueError, match=r"latin.txt: line 1: not UTF-8 .* at byte 3"):
         evaluate_task(str(folder), "lambada", str(tmp_path / "latin.txt"))
     with pytest.raises(ValueError, match=r"out='x.txt' must end in .json"):
         evaluate_task(str(folder), "lambada", "x", out="x.txt")

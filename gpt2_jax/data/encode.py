@@ -12,8 +12,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from gpt2_jax.data import sources
+from gpt2_jax.data.records import Records
 from gpt2_jax.data.shards import SPLITS
-from gpt2_jax.data.sources import Document, Place, Records
+from gpt2_jax.data.sources import Document
+from gpt2_jax.data.stored import Place
 from gpt2_jax.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 18  # of text that a thread encodes at a time, about
@@ -199,11 +201,10 @@ _Parts = Iterator[tuple[Part, Place | None, int]]  # place after it, bytes read
 def _of_text(job: Job, piece: Piece, place: Place) -> _Parts:
     document = piece.source
     assert isinstance(document, Document)
-    split = piece.split or job.split_of(next(document.blocks()))
+    split = piece.split or job.split_of(next(document.texts(), ""))
     at = place.offset or piece.start
-    for text in document.blocks(at, piece.stop):
-        size = len(text.encode())
-        at += size
+    for text, after in document.read(at, piece.stop):
+        size, at = after - at, after
         last = at == piece.stop
         ends = at == document.size
         yield Part(document.name, text, split, last, ends), Place(at), size

@@ -31,8 +31,10 @@ from tqdm import tqdm
 
 from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.encode import Counts, Job, encoded, make_plan
+from gpt2_jax.data.records import Records
 from gpt2_jax.data.shards import SPLITS, VERSION, Index, dtype_for, read_index
-from gpt2_jax.data.sources import Document, Paths, Place, Records, is_remote
+from gpt2_jax.data.sources import Document, Paths, is_remote
+from gpt2_jax.data.stored import Place
 from gpt2_jax.data.tokenizers import KINDS, build_tokenizer, check_seed
 from gpt2_jax.data.workplace import State, Workplace, Writer, is_ours
 from gpt2_jax.files import user_path
@@ -84,7 +86,7 @@ def _text_fingerprint(
 ) -> dict[str, Any]:
     digest = hashlib.sha256()
     for source in found:
-        digest.update(f"{source.name}\0{source.size}\0".encode())
+        digest.update(os.fsencode(f"{source.name}\0{source.size}\0"))
         if isinstance(source, Document) and source.text is not None:
             digest.update(source.text)
         else:
@@ -176,13 +178,16 @@ def prepare(
         return _refer(user_path(str(given[0])), out, tokenizer, dtype)
     if dtype is not None:
         raise ValueError(f"{dtype=} is of token shards, and {path} holds none")
-    if "-" not in given:
+    streams = any(map(sources.is_stream, given))
+    if not streams:
         found = sources.documents(path, field=field, form=form)
 
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(Workplace(out))
-        if "-" in given:
-            path, digest = work.store_stdin(given, form)
+        if streams:
+            path, digest = sources.store_streams(
+                [each for each in given if each is not None], work.folder, form
+            )
             found = [
                 replace(each, stamp=digest) if work.holds(each.name) else each
                 for each in sources.documents(path, field=field, form=form)

@@ -12,18 +12,20 @@ are is a function of the file; an epoch goes through them in an order of its own
 """
 
 import functools
-import json
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from gpt2_jax.checks import shown
 from gpt2_jax.data.loader import Batch, InOrder
+from gpt2_jax.data.records import Records, Row, text_of
 from gpt2_jax.data.shards import SPLITS
-from gpt2_jax.files import user_path
+from gpt2_jax.data.sources import documents, form_of
+from gpt2_jax.files import check_regular, user_path
 from gpt2_jax.tokenizer import Tokenizer, end_of_text
 
 ASSISTANT = "assistant"
@@ -67,18 +69,19 @@ def read_examples(
     """
     eot_id = end_of_text(tokenizer, NEEDS_END)
     path = user_path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no such file of examples: {path}")
+    check_regular(path)
+    form = form_of(str(path))
     examples, n_cut = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    for source in documents(path, form="jsonl" if form == "text" else form):
+        assert isinstance(source, Records)
+        for row, place in source.rows():
             try:
-                whole = _example(_pieces(_parse(line), template), tokenizer, eot_id)
+                whole = _example(_pieces(row, template), tokenizer, eot_id)
                 example = _cut(whole, block_size)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+                raise ValueError(f"{source.where(place.number)}: {error}") from None
             n_cut += len(example.tokens) < len(whole.tokens)
             examples.append(example)
     if not examples:
@@ -86,46 +89,29 @@ def read_examples(
     return examples, n_cut
 
 
-def _parse(line: bytes) -> Mapping[str, Any]:
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}, not an object")
-    return value
-
-
-def _pieces(value: Mapping[str, Any], template: str) -> list[tuple[str, bool]]:
+def _pieces(row: Row, template: str) -> list[tuple[str, bool]]:
     """Texts, and whether they are targets."""
-    if "messages" not in value:
-        return [(_text(value, "prompt"), False), (_text(value, "completion"), True)]
+    if "messages" not in row:
+        prompt, completion = (text_of(row, x) for x in ("prompt", "completion"))
+        return [(prompt, False), (completion, True)]
     if not template:
         raise ValueError("messages: data.template must say how they are written")
-    messages = value["messages"]
+    messages = row["messages"]
     if not (isinstance(messages, list) and messages):
         raise ValueError("messages is not a list with a message")
     pieces = []
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError("a message is not an object")
-        role, content = _text(message, "role"), _text(message, "content")
+        role, content = (text_of(message, x) for x in ("role", "content"))
         before, after = (x.replace("{role}", role) for x in template.split(CONTENT))
         is_target = role == ASSISTANT
         pieces += [(before, False), (content + after, is_target)]
     if role != ASSISTANT:
-        raise ValueError(f"the last message is of role {role!r}, not {ASSISTANT!r}")
+        raise ValueError(
+            f"the last message is of role {shown(role)}, not {ASSISTANT!r}"
+        )
     return pieces
-
-
-def _text(value: Mapping[str, Any], name: str) -> str:
-    if name not in value:
-        raise ValueError(f"no {name!r}")
-    if not isinstance(value[name], str):
-        raise ValueError(f"{name}={value[name]!r} is no text")
-    return value[name]
 
 
 def _example(

@@ -6,29 +6,30 @@ installation carries. A text file is never held in memory whole; of the others, 
 document is.
 """
 
-import ast
 import contextlib
-import functools
+import fnmatch
 import glob
-import gzip
+import hashlib
 import io
-import json
-import sysconfig
-import warnings
-import zlib
+import os
+import stat
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NoReturn
 
-from gpt2_jax.files import is_url, user_path
+from gpt2_jax.data.corpus import default_documents
+from gpt2_jax.data.records import Records, hf_source
+from gpt2_jax.data.stored import open_file, read_lines, reading, remote, text_start
+from gpt2_jax.files import check_regular, is_url, user_path
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 FORMATS = ("auto", "text", "jsonl", "parquet")
 BLOCK_BYTES = 1 << 20
-LINE_BYTES = 1 << 26  # of a JSON object, at most
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -59,14 +60,14 @@ class Document:
             around, offset = around[:-1], offset - 1
         return offset
 
-    def blocks(
+    def read(
         self, start: int = 0, stop: int | None = None, block_bytes: int = BLOCK_BYTES
-    ) -> Iterator[str]:
-        """The text of bytes [start, stop), in blocks of at most `block_bytes`.
+    ) -> Iterator[tuple[str, int]]:
+        """(text, the offset after it) of bytes [start, stop), block by block.
 
-        Blocks end after a newline where there is one, and never inside a character.
-        Raises ValueError, naming file and byte, on what is not UTF-8 and on a file that
-        became shorter.
+        Blocks have at most `block_bytes`; they end after a newline where there is one,
+        and never inside a character. Raises ValueError, naming file and byte, on what
+        is not UTF-8 and on a file that became shorter.
         """
         stop = self.size if stop is None else stop
         rest = b""
@@ -83,17 +84,32 @@ class Document:
                 end = len(data)
                 if start + end < stop:
                     end = data.rfind(b"\n") + 1 or _whole_characters(data)
+                block, rest = data[:end], data[end:]
+                if start == 0 and self.text is None:
+                    block = text_start(block, self.name)
+                start += end
                 try:
-                    yield data[:end].decode("utf-8")
+                    text = block.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise ValueError(
                         f"{self.name} is not UTF-8: {error.reason} at byte "
-                        f"{start + error.start}"
+                        f"{start - len(block) + error.start}"
                     ) from None
-                start, rest = start + end, data[end:]
+                if text:  # else a byte order mark was all there was
+                    yield text, start
 
     def texts(self) -> Iterator[str]:
-        return self.blocks()
+        return (text for text, _ in self.read())
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(file and number, for errors, and the line) of each line of a file."""
+        for line, place in read_lines(self.name, self.size):
+            where = f"{self.name}: line {place.number}"
+            try:
+                yield where, line.removesuffix(b"\n").removesuffix(b"\r").decode()
+            except UnicodeDecodeError as error:
+                reason = f"{error.reason} at byte {error.start}"
+                raise ValueError(f"{where}: not UTF-8 ({reason})") from None
 
 
 def _whole_characters(data: bytes) -> int:
@@ -107,255 +123,7 @@ def _whole_characters(data: bytes) -> int:
     return len(data)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where reading goes on: `offset` stored bytes and `number` records are done."""
-
-    offset: int = 0
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Records:
-    """A file or data set of many documents, which are strings in its `field`.
-
-    Attributes:
-      name: path, URL or hf:NAME.
-      size: bytes as they are stored, or None where that is unknown.
-      stamp: another one when the content was changed.
-      form: jsonl, parquet or hf.
-    """
-
-    name: str
-    size: int | None
-    stamp: str
-    form: str
-    field: str
-
-    def read(self, place: Place = Place()) -> Iterator[tuple[str, Place]]:
-        """(text, the place after it) of each document from there.
-
-        Empty documents and nulls are left out. Raises ValueError, naming file and
-        record, on what is damaged or no text.
-        """
-        reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hf": _read_hf}
-        for value, after in reader[self.form](self, place):
-            if value is None or value == "":
-                continue
-            if not isinstance(value, str):
-                raise self._bad(after.number, f"{self.field!r} is {_brief(value)}")
-            if not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError as error:
-                    what = f"{value[error.start]!a} is no character"
-                    raise self._bad(after.number, what) from None
-            yield value, after
-
-    def texts(self) -> Iterator[str]:
-        return (text for text, _ in self.read())
-
-    def _bad(self, number: int, what: str) -> ValueError:
-        unit = {"jsonl": "line", "parquet": "row", "hf": "example"}[self.form]
-        return ValueError(f"{self.name}: {unit} {number}: {what}")
-
-    def _lacks(self, names: Iterable[str], number: int) -> ValueError:
-        found = ", ".join(map(str, names)) or "nothing"
-        return self._bad(number, f"no field {self.field!r}, only {found}")
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-_Values = Iterator[tuple[Any, Place]]
-
-
-def _read_jsonl(source: Records, place: Place) -> _Values:
-    with open_file(source.name) as stored, _unpacked(source.name, stored) as file:
-        number = place.number
-        try:
-            if file is stored:
-                file.seek(place.offset)
-            else:
-                for _ in range(number):
-                    file.readline()
-            offset = place.offset
-            while line := file.readline(LINE_BYTES + 1):
-                number, offset = number + 1, offset + len(line)
-                if len(line) > LINE_BYTES:
-                    raise source._bad(number, f"longer than {LINE_BYTES} bytes")
-                if line.isspace():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    what = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-                    raise source._bad(number, f"not {what} ({error})") from None
-                except RecursionError:
-                    raise source._bad(number, "not JSON (too deep)") from None
-                if not isinstance(record, dict):
-                    what = f"{_brief(record)} is no JSON object"
-                    raise source._bad(number, what)
-                if source.field not in record:
-                    raise source._lacks(record, number)
-                done = offset if file is stored else stored.tell()
-                yield record[source.field], Place(done, number)
-        except FileNotFoundError:
-            raise
-        except _unpacking_errors(source.name) as error:
-            raise source._bad(number + 1, f"can't be read: {error}") from None
-
-
-def _unpacking_errors(name: str) -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
-    plain = (OSError, EOFError, zlib.error)
-    return (*plain, _zstd().ZstdError) if name.endswith(".zst") else plain
-
-
-def _unpacked(name: str, stored: BinaryIO) -> BinaryIO:
-    if name.endswith(".gz"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stored))
-    if name.endswith(".zst"):
-        return cast(BinaryIO, _zstd().ZstdFile(stored))
-    return stored
-
-
-def _zstd() -> Any:
-    """Python 3.14's module, which `backports` brings to the older ones."""
-    try:
-        from compression import zstd
-    except ImportError:
-        try:
-            import backports.zstd as zstd
-        except ImportError:
-            raise _missing("zstandard files", "backports.zstd", "zstd") from None
-    return zstd
-
-
-def _missing(what: str, package: str, extra: str) -> ValueError:
-    return ValueError(
-        f"{what} need the package {package}: pip install 'gpt2-jax[{extra}]'"
-    )
-
-
-def _read_parquet(source: Records, place: Place) -> _Values:
-    try:
-        from pyarrow import ArrowException, parquet, types
-    except ImportError:
-        raise _missing("Parquet files", "pyarrow", "parquet") from None
-    with open_file(source.name) as stored:
-        try:
-            file = parquet.ParquetFile(stored)
-            schema = file.schema_arrow
-            if source.field not in schema.names:
-                raise source._lacks(schema.names, 1)
-            kind = schema.field(source.field).type
-            if not (types.is_string(kind) or types.is_large_string(kind)):
-                raise source._bad(1, f"{source.field!r} is of type {kind}, no string")
-            number, rows = 0, max(1, file.metadata.num_rows)
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if number + size <= place.number:  # all of it is done
-                    number += size
-                    continue
-                for batch in file.iter_batches(
-                    256, [group], [source.field], use_threads=False
-                ):
-                    for value in batch.column(0).to_pylist():
-                        number += 1
-                        if number > place.number:
-                            done = (source.size or 0) * number // rows
-                            yield value, Place(done, number)
-        except ArrowException as error:
-            raise ValueError(f"{source.name}: damaged: {error}") from None
-
-
-def _read_hf(source: Records, place: Place) -> _Values:
-    dataset, _ = _load_hf(source.name)
-    number = place.number
-    examples = iter(dataset.skip(number))
-    while True:
-        try:
-            example = next(examples, None)
-        # Network, file formats, its own: they have no base in common.
-        except Exception as error:
-            raise OSError(f"{source.name}: after example {number}: {error}") from error
-        if example is None:
-            return
-        number += 1
-        if source.field not in example:
-            raise source._lacks(example, number)
-        yield example[source.field], Place(0, number)
-
-
-def _load_hf(name: str) -> tuple[Any, str]:
-    """The streamed data set of `hf:NAME[:CONFIG[:SPLIT]]`, and its revision."""
-    try:
-        import datasets
-    except ImportError:
-        raise _missing("Hugging Face data sets", "datasets", "datasets") from None
-    path, config, split = (*name.removeprefix("hf:").split(":"), "", "")[:3]
-    revision = None
-    try:
-        if not Path(path).exists():
-            import huggingface_hub
-
-            revision = huggingface_hub.HfApi().dataset_info(path).sha
-        return datasets.load_dataset(
-            path, config or None, split=split or "train", streaming=True,
-            revision=revision,
-        ), revision or ""  # fmt: skip
-    except Exception as error:  # no base in common, as in `_read_hf`
-        raise OSError(f"{name} can't be opened: {error}") from error
-
-
-def examples_of_hub(name: str) -> Iterator[dict[str, Any]]:
-    """The examples of `hf:NAME[:CONFIG[:SPLIT]]`. Raises OSError on what can't be."""
-    dataset, _ = _load_hf(name)
-    try:
-        yield from dataset
-    except Exception as error:  # no base in common, as in `_read_hf`
-        raise OSError(f"{name} can't be read: {error}") from error
-
-
-def _hf_source(name: str, field: str) -> Records:
-    if not name.removeprefix("hf:").split(":")[0]:
-        raise ValueError(f"{name!r} names no data set: hf:NAME[:CONFIG[:SPLIT]]")
-    return Records(name, None, _load_hf(name)[1], "hf", field)
-
-
 # --- What a path stands for -----------------------------------------------------------
-
-
-def open_file(name: str) -> BinaryIO:
-    """A path, or a URL by fsspec, for reading."""
-    if not is_url(name):
-        return open(name, "rb")
-    filesystem, path = _remote(name)
-    with _reading(name):
-        return cast(BinaryIO, filesystem.open(path, "rb"))
-
-
-def _remote(url: str) -> tuple[Any, str]:
-    """(fsspec's file system, path there) of a URL."""
-    import fsspec
-
-    with _reading(url):
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
-
-
-@contextlib.contextmanager
-def _reading(url: str) -> Iterator[None]:
-    """One kind of error, with the URL, for all that file systems raise."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such file or folder: {url}") from None
-    # botocore's, aiohttp's, gcsfs's errors, and others': they have no base in common.
-    except Exception as error:
-        raise OSError(f"{url} can't be read: {error}") from error
 
 
 def documents(
@@ -380,27 +148,28 @@ def documents(
     if path is None:
         return [
             Document(name, len(text), text=text)
-            for name, text in _default_documents()
+            for name, text in default_documents()
             if text
         ]
     given = [path] if isinstance(path, str | Path) else list(path)
     found: list[Document | Records] = []
     for each in map(str, given):
         if is_hub(each):
-            found.append(_hf_source(each, field))
+            found.append(hf_source(each, field))
         elif is_url(each):
             found += _remote_files(each, field, form)
         else:
-            found += (
-                _file_of(
-                    str(file), status.st_size, str(status.st_mtime_ns), field, form
-                )
-                for file in text_files(each)
-                if (status := file.stat()).st_size
-            )
+            for file in text_files(each):
+                if (status := file.stat()).st_size:
+                    time = str(status.st_mtime_ns)
+                    found.append(_file_of(str(file), status.st_size, time, field, form))
     if not found:
         raise ValueError(f"no text in {_listed(given)}: every file is empty")
-    name, times = Counter(source.name for source in found).most_common(1)[0]
+    names = Counter(
+        source.name if is_remote(source.name) else os.path.realpath(source.name)
+        for source in found
+    )
+    name, times = names.most_common(1)[0]
     if times > 1:
         raise ValueError(f"{name} is given {times} times")
     return found
@@ -436,17 +205,21 @@ def _listed(given: Sequence[str | Path]) -> str:
 def _file_of(
     name: str, size: int, stamp: str, field: str, form: str
 ) -> Document | Records:
-    if form == "auto":
-        ending = next((s for s in RECORD_SUFFIXES if name.lower().endswith(s)), "")
-        form = ending.split(".")[1] if ending else "text"
+    form = form_of(name) if form == "auto" else form
     if form == "text":
         return Document(name, size, stamp)
     return Records(name, size, stamp, form, field)
 
 
+def form_of(name: str) -> str:
+    """What a file is by its name: jsonl, parquet or text."""
+    ending = next((s for s in RECORD_SUFFIXES if name.lower().endswith(s)), "")
+    return ending.split(".")[1] if ending else "text"
+
+
 def _remote_files(url: str, field: str, form: str) -> list[Document | Records]:
-    filesystem, path = _remote(url)
-    with _reading(url):
+    filesystem, path = remote(url)
+    with reading(url):
         if glob.has_magic(path):
             details = filesystem.glob(path, detail=True)
             details = {n: i for n, i in details.items() if not _is_hidden(n)}
@@ -496,99 +269,132 @@ def text_files(path: str | Path) -> list[Path]:
 
     In a folder a file is taken if it ends in .txt, .text, .md, .markdown, .rst, .tex,
     .org, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, in any case; names that start with
-    a dot, and what is below them, are skipped. Sorted by path, so that the order is the
-    same everywhere.
+    a dot, and what is below them, are skipped. Links are followed, and a file to which
+    several ways lead is taken once. Sorted by path, so that the order is the same
+    everywhere.
 
-    Raises FileNotFoundError if there is no such path, or no text file in the folder.
+    Raises FileNotFoundError if there is no such path, or no text file in the folder,
+    and ValueError or OSError as `files.check_regular` does.
     """
     path = user_path(path)
     if path.is_dir():
-        relative = sorted(
-            file.relative_to(path).as_posix()
-            for file in path.rglob("*")
-            if file.is_file()
-        )
-        files = [path / name for name in relative if _is_text(name)]
+        relative = (file.relative_to(path).as_posix() for file in _files_below(path))
+        files = [path / name for name in sorted(relative) if _is_text(name)]
         if not files:
             raise FileNotFoundError(
                 f"no text file in the folder {path}: looked for {_wanted()}"
             )
-        return files
+        return _each_once(files)
     if not path.exists() and glob.has_magic(str(path)):
-        matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-        if files := [file for file in matches if file.is_file()]:
-            return files
+        if files := [file for file in sorted(_matches(path)) if file.is_file()]:
+            return _each_once(files)
         raise FileNotFoundError(f"no file matches {path}")
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if not path.is_file():
-        raise ValueError(f"neither a file nor a folder: {path}")
+    check_regular(path)
     return [path]
 
 
-# --- The text that Python carries -----------------------------------------------------
-
-CORPUS_BYTES = 1_500_000  # docstrings are added until the corpus reaches this size
-_SKIPPED_FOLDERS = {
-    "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3",
-    "pydoc_data", "site-packages", "test", "tests", "turtledemo",
-}  # fmt: skip
+def _each_once(files: Sequence[Path]) -> list[Path]:
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[
+        ::-1
+    ]
 
 
-def default_corpus() -> Iterator[str]:
-    """About 1.5 MB of English about Python, a document at a time, in a fixed order.
-
-    The topics of `pydoc_data` (the language reference), then the docstrings of the
-    standard library, a module each, read from its source files, which are not imported.
-    Where Python carries no sources the topics alone. The text differs a little from one
-    Python version to another. Reading takes some seconds, once a process.
-    """
-    for _, text in _default_documents():
-        yield text.decode("utf-8")
-
-
-@functools.cache
-def _default_documents() -> tuple[tuple[str, bytes], ...]:
-    """(name, UTF-8) pairs."""
-    from pydoc_data.topics import topics
-
-    found = [(f"topic {name}", topics[name].encode()) for name in sorted(topics)]
-    size = sum(len(text) for _, text in found)
-    for module in _modules(Path(sysconfig.get_path("stdlib"))):
-        if size >= CORPUS_BYTES:
-            break
-        if text := _docstrings(module):
-            found.append((f"module {module.stem}", text))
-            size += len(text)
-    return tuple(found)
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files, links followed; a folder to which several ways lead is seen once."""
+    seen = set()
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        if (real := os.path.realpath(base)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (file for name in names if (file := Path(base, name)).is_file())
 
 
-def _modules(folder: Path) -> Iterator[Path]:
-    """Source files: those of the folder first, then those of its packages."""
-    yield from sorted(folder.glob("*.py"))
-    for package in sorted(path for path in folder.glob("*") if path.is_dir()):
-        if package.name not in _SKIPPED_FOLDERS:
-            yield from _modules(package)
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
-def _docstrings(module: Path) -> bytes:
-    """All docstrings of a source file in order, apart by an empty line, as UTF-8."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escapes in somebody else's code
-            tree = ast.parse(module.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return b""
-    text = "\n\n".join(doc.strip() for doc in _walk_docstrings(tree)).strip()
-    # A docstring may spell a lone surrogate by an escape.
-    return f"{text}\n".encode(errors="replace") if text else b""
+def _matches(pattern: Path) -> list[Path]:
+    """What matches, as of `glob.glob`, which follows links in a circle under `**`."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return [Path(name) for name in glob.glob(str(pattern))]
+    at = parts.index("**")
+    return [
+        file
+        for base in glob.glob(os.path.join(*parts[:at]) if at else ".")
+        if os.path.isdir(base)
+        for file in _files_below(Path(base))
+        if _fits(file.relative_to(base).parts, parts[at:])
+    ]
 
 
-def _walk_docstrings(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
-) -> Iterator[str]:
-    if doc := ast.get_docstring(node):
-        yield doc
-    for child in node.body:
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _walk_docstrings(child)
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    if not parts:
+        return not names
+    part, rest = parts[0], parts[1:]
+    if part == "**" and _fits(names, rest):
+        return True
+    if not names or (names[0].startswith(".") and not part.startswith(".")):
+        return False
+    if part == "**":
+        return _fits(names[1:], parts)
+    return fnmatch.fnmatchcase(names[0], part) and _fits(names[1:], rest)
+
+
+# --- Standard input, and what else can be read just once ------------------------------
+
+
+def is_stream(path: str | Path | None) -> bool:
+    """Whether it is "-", or a FIFO: one with a name, or that of a shell's `<(...)`."""
+    if path is None or is_hub(str(path)) or is_url(path):
+        return False
+    return str(path) == "-" or (
+        (file := user_path(path)).exists() and stat.S_ISFIFO(file.stat().st_mode)
+    )
+
+
+def store_streams(
+    given: Sequence[str | Path], folder: Path, form: str
+) -> tuple[list[str], str]:
+    """Streams become files in `folder`: (the paths with them, hash of their text)."""
+    if list(map(str, given)).count("-") > 1:
+        raise ValueError("standard input, -, is given more than once")
+    paths, digest = [], hashlib.sha256()
+    for number, path in enumerate(map(str, given)):
+        if is_stream(path):
+            kind = form_of(path) if form == "auto" else form
+            ending = {"text": "txt"}.get(kind, kind)
+            stored = folder / f"stdin{number or ''}.{ending}"
+            _store(path, stored, digest)
+            path = str(stored)
+        paths.append(path)
+    return paths, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def streams_stored(path: Paths | None, form: str = "auto") -> Iterator[Paths | None]:
+    """The same paths, of which streams are files until the end of the block."""
+    given = [] if path is None else [path] if isinstance(path, str | Path) else path
+    if not any(map(is_stream, given)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield store_streams(given, Path(folder), form)[0]
+
+
+def _store(path: str, stored: Path, digest: Any) -> None:
+    if path == "-" and sys.stdin is None:
+        raise ValueError("standard input, -, is closed")
+    source = sys.stdin.buffer if path == "-" else user_path(path).open("rb")
+    with stored.open("wb") as file:
+        while data := source.read(BLOCK_BYTES):
+            digest.update(data)
+            file.write(data)
+    if path != "-":
+        source.close()
+    if not stored.stat().st_size:
+        raise ValueError(f"no text in {'standard input' if path == '-' else path}")

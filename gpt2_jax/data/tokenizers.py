@@ -123,24 +123,25 @@ def train_tokenizer(
         raise ValueError(f"{model=} is not one of {', '.join(allowed)}")
     check_seed(seed)
     check_special_tokens(special_tokens)
-    texts: Iterable[str] = _texts(path, field, form)
-    if max_bytes is not None:
-        texts = sample(texts, max_bytes, seed)
-    tokenizer: Tokenizer
-    if model == "byte_level":
-        if not byte_fallback:
-            raise ValueError("byte_fallback=False: a byte-level BPE has nothing else")
-        tokenizer = train_byte_level_bpe(
-            texts, vocab_size, special_tokens=special_tokens
-        )
-    else:
-        tokenizer = train_sentencepiece(
-            texts,
-            vocab_size,
-            model_type=model,
-            byte_fallback=byte_fallback,
-            special_tokens=special_tokens,
-        )
+    if model == "byte_level" and not byte_fallback:
+        raise ValueError("byte_fallback=False: a byte-level BPE has nothing else")
+    with sources.streams_stored(path, form) as path:
+        texts: Iterable[str] = _texts(path, field, form)
+        if max_bytes is not None:
+            texts = sample(texts, max_bytes, seed)
+        tokenizer: Tokenizer
+        if model == "byte_level":
+            tokenizer = train_byte_level_bpe(
+                texts, vocab_size, special_tokens=special_tokens
+            )
+        else:
+            tokenizer = train_sentencepiece(
+                texts,
+                vocab_size,
+                model_type=model,
+                byte_fallback=byte_fallback,
+                special_tokens=special_tokens,
+            )
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_tokenizer(tokenizer, partial)

@@ -5,23 +5,20 @@ the disk, and where in the text that is: a run that was killed goes on from ther
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpt2_jax.data import sources
 from gpt2_jax.data.encode import Counts
 from gpt2_jax.data.shards import SPLITS, Index, Shard, Split
-from gpt2_jax.data.sources import Place
+from gpt2_jax.data.stored import Place
 
 
 @dataclass(slots=True)
@@ -148,23 +145,6 @@ class Workplace:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
-    def store_stdin(
-        self, given: Sequence[str | Path | None], form: str
-    ) -> tuple[list[str], str]:
-        """Standard input becomes a file here: (the paths with it, hash of its text)."""
-        if given.count("-") > 1:
-            raise ValueError("standard input, -, is given more than once")
-        stored = self.folder / f"stdin.{'txt' if form in ('auto', 'text') else form}"
-        digest = hashlib.sha256()
-        with stored.open("wb") as file:
-            while data := sys.stdin.buffer.read(sources.BLOCK_BYTES):
-                digest.update(data)
-                file.write(data)
-        if not stored.stat().st_size:
-            raise ValueError("no text in standard input")
-        paths = [str(stored) if each == "-" else str(each) for each in given]
-        return paths, digest.hexdigest()
-
     def holds(self, name: str) -> bool:
         return Path(name).parent == self.folder
 
@@ -194,7 +174,7 @@ class Workplace:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != ".lock" and path.stem != "stdin":
+            elif path.name != ".lock" and not path.name.startswith("stdin"):
                 path.unlink()
         return None
 
@@ -219,7 +199,7 @@ class Workplace:
     def publish(self, index: Index) -> None:
         """The folder becomes `out`."""
         _write(self.folder / "index.json", asdict(index))
-        for path in self.folder.glob("stdin.*"):
+        for path in self.folder.glob("stdin*"):
             path.unlink()
         old = self.out.with_name(f"{self.out.name}.old")
         if self.out.exists():

@@ -124,7 +124,7 @@ def test_shards_roll_over(book: Path, tmp_path: Path):
 
 def test_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder_of_files(tmp_path / "in")
-    monkeypatch.setattr(sources.Document.blocks, "__defaults__", (0, None, 16))
+    monkeypatch.setattr(sources.Document.read, "__defaults__", (0, None, 16))
     for threads in (1, 4):
         prepare(
             tmp_path / "in",

@@ -26,7 +26,7 @@ class Slow(ByteTokenizer):
         return super().encode(text)
 
 encode.BATCH_BYTES = 4000
-module.sources.Document.blocks.__defaults__ = (0, None, 4000)
+module.sources.Document.read.__defaults__ = (0, None, 4000)
 paths, out, seconds = sys.argv[1].split(","), sys.argv[2], float(sys.argv[3])
 module.COMMIT_SECONDS = seconds
 print("going", flush=True)
@@ -92,7 +92,7 @@ def kill_until_done(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sources.Document.blocks, "__defaults__", (0, None, 4000))
+    monkeypatch.setattr(sources.Document.read, "__defaults__", (0, None, 4000))
 
 
 @pytest.fixture(scope="module")

@@ -154,15 +154,15 @@ def test_splits_are_disjoint_and_none_is_empty(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "line 2: no JSON"),
-        (b'"text"', "line 2: a str, not an object"),
-        (b'{"prompt": "a"}', "line 2: no 'completion'"),
-        (b'{"completion": "a"}', "line 2: no 'prompt'"),
-        (b'{"prompt": 5, "completion": "a"}', "line 2: prompt=5 is no text"),
-        (b'{"prompt": "\xff", "completion": "a"}', "line 2: no UTF-8"),
+        (b"{", "line 2: not JSON"),
+        (b'"text"', "line 2: 'text' is no JSON object"),
+        (b'{"prompt": "a"}', "line 2: no field 'completion', only prompt"),
+        (b'{"completion": "a"}', "line 2: no field 'prompt', only completion"),
+        (b'{"prompt": 5, "completion": "a"}', "line 2: 'prompt' is 5"),
+        (b'{"prompt": "\xff", "completion": "a"}', "line 2: not UTF-8"),
         (b'{"messages": []}', "line 2: messages is not a list with a message"),
         (b'{"messages": ["hi"]}', "line 2: a message is not an object"),
-        (b'{"messages": [{"role": "user"}]}', "line 2: no 'content'"),
+        (b'{"messages": [{"role": "user"}]}', "line 2: no field 'content', only role"),
         (
             b'{"messages": [{"role": "user", "content": "a"}]}',
             "line 2: the last message is of role 'user', not 'assistant'",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.sources import default_corpus
+from gpt2_jax.data.corpus import default_corpus
 from gpt2_jax.detokenize import detokenize
 from gpt2_jax.interop import hf
 from gpt2_jax.tokenizer import load_tokenizer

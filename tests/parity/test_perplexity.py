@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.sources import default_corpus
+from gpt2_jax.data.corpus import default_corpus
 from gpt2_jax.interop import hf
 from gpt2_jax.lm import load
-from gpt2_jax.tasks import Options, evaluate_task
+from gpt2_jax.task_runs import evaluate_task
+from gpt2_jax.tasks import Options
 from gpt2_jax.tokenizer import ByteTokenizer
 from shapes import random_params
 
