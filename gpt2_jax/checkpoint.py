@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -22,13 +23,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import distributed, sharding
 from gpt2_jax.checks import MESSAGE, one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.metrics import size_of
 from gpt2_jax.model import Params, unstack_layers
+from gpt2_jax.retention import PreservationPolicy, Saved, best_step, finite
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
 
 T = TypeVar("T")
@@ -51,13 +52,21 @@ class Contract:
     model: GPT2Config
     run: Mapping[str, Any]  # the configuration of the run, as plain data
     tokenizer: Tokenizer
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float]  # finite ones
     base: Mapping[str, Any] | None = None  # what the params are adapters of
     best: Mapping[str, Any] | None = None  # the evaluation of least loss up to here
+    examples: int | None = None  # seen in training; None: it does not say
+    due: bool = False  # whether the evaluation of this step is still to come
+    interim: bool = False  # see `retention.Saved`
+
+    @property
+    def saved(self) -> Saved:
+        """What decides whether it is kept."""
+        return Saved(self.metrics.get(VAL_LOSS), self.interim)
 
 
 class Checkpoints:
-    """The checkpoints of one run: keeps the last `keep_last` and the best one."""
+    """The checkpoints of one run, of which `retention.kept_steps` are kept."""
 
     def __init__(self, folder: Path, *, keep_last: int = 1) -> None:
         """Opens `folder`, which is made by the first save.
@@ -69,18 +78,14 @@ class Checkpoints:
             raise ValueError(f"checkpoint.keep_last={keep_last} must be >= 1")
         self.folder = folder
         self._given_up = False
-        best = policies.BestN(
-            get_metric_fn=lambda m: -m[VAL_LOSS],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        saved = {}
+        for step in check_steps(folder):
+            with contextlib.suppress(DamagedCheckpointError):  # said when it is read
+                saved[step] = read_contract(folder / str(step)).saved
+        self._policy = PreservationPolicy(saved, keep_last)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep_last), best]
-            ),
-            cleanup_tmp_directories=True,
+            preservation_policy=self._policy, cleanup_tmp_directories=True
         )
-        check_steps(folder)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:
@@ -96,32 +101,51 @@ class Checkpoints:
         val_loss: float | None = None,
         base: Mapping[str, Any] | None = None,
         best: Mapping[str, Any] | None = None,
+        examples: int | None = None,
+        due: bool = False,
+        interim: bool = False,
     ) -> None:
-        """Starts to save a TrainState; a step that is there already is left alone.
+        """Starts to save a TrainState.
 
-        The arrays are copied before this returns, so the state may be donated.
+        The arrays are copied before this returns, so the state may be donated. Of a
+        step that is there already, what was not known when it was saved is written
+        anew: `val_loss`, `best`, `due` and `interim`.
 
         Args:
           base: where params are adapters, of what: its `model`, `step` and `sha256`.
           best: the evaluation of least loss: its `step` and `val_loss`, and how many
             came `since`.
+          examples: how many were seen in training.
+          due: whether the evaluation of this step is still to come.
+          interim: whether it is kept until the next one only, see `retention.Saved`.
 
         Raises:
           OSError: in all processes, where there is no space for it.
         """
         step = int(state.step)
+        self.wait()  # for the one before, which removes an older one
+        metrics = finite({} if val_loss is None else {VAL_LOSS: val_loss})
+        self._policy.saved[step] = Saved(metrics.get(VAL_LOSS), interim)
+        known = {
+            "metrics": metrics,
+            "best": None if best is None else dict(best),
+            "due": due,
+            "interim": interim,
+        }
         if step in self._manager.all_steps():
+            distributed.first_alone(partial(_amend, self.folder / str(step), known))
+            self._remove_old()
             return
         tree = as_tree(state)
-        self.wait()  # for the one before, which removes an older one
         distributed.first_alone(partial(_check_space, self.folder, tree))
-        metrics = {} if val_loss is None else {VAL_LOSS: val_loss}
         meta = {
             "format": FORMAT,
             "step": step,
             "model": dataclasses.asdict(model),
             "run": dict(run),
-            "metrics": metrics,
+            **known,
+            "base": None if base is None else dict(base),
+            "examples": examples,
             "tokenizer": {
                 "kind": tokenizer.kind,
                 "sha256": tokenizer_hash(tokenizer),
@@ -130,9 +154,6 @@ class Checkpoints:
             },
             "checksums": checksums(tree),
         }
-        for name, value in (("base", base), ("best", best)):
-            if value is not None:
-                meta[name] = dict(value)
         files = {
             name: base64.b64encode(content).decode()
             for name, content in tokenizer.files().items()
@@ -144,8 +165,15 @@ class Checkpoints:
                 meta=ocp.args.JsonSave({**meta, "sha256": _digest(meta)}),
                 tokenizer=ocp.args.JsonSave(files),
             ),
-            metrics=metrics or None,
         )
+
+    def _remove_old(self) -> None:
+        """Removes what is not kept any more; a save does so by itself."""
+        infos = sorted(self._manager.all_steps())
+        kept = self._policy.kept(infos)
+        for step in infos:
+            if step not in kept:
+                self._manager.delete(step)
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
@@ -158,6 +186,21 @@ class Checkpoints:
     def close(self) -> None:
         if not self._given_up:
             self._manager.close()
+
+
+def _amend(step_folder: Path, known: Mapping[str, Any]) -> None:
+    """Has the first process write fields of a contract anew, whole or not at all."""
+    if not distributed.is_first():
+        return
+    path = step_folder / "meta" / "metadata"
+    meta = {**json.loads(path.read_bytes()), **known}
+    meta.pop("sha256")
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump({**meta, "sha256": _digest(meta)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _check_space(folder: Path, tree: Any) -> None:
@@ -238,11 +281,9 @@ def find_step(path: Path, step: int | str | None = None) -> Path:
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {folder}")
     if step == BEST:
-        losses = {s: read_contract(folder / str(s)).metrics for s in steps}
-        evaluated = [s for s in steps if VAL_LOSS in losses[s]]
-        if not evaluated:
+        step = best_step({s: read_contract(folder / str(s)).saved for s in steps})
+        if step is None:
             raise FileNotFoundError(f"no checkpoint in {folder} has a validation loss")
-        step = min(evaluated, key=lambda s: losses[s][VAL_LOSS])
     if step is not None and step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}: {steps}")
     return folder / str(steps[-1] if step is None else step)
@@ -336,14 +377,18 @@ def read_contract(step_folder: Path) -> Contract:
         raise _damaged(step_folder, f"tokenizer: {e}") from e
     if tokenizer_hash(tokenizer) != said["sha256"]:
         raise _damaged(step_folder, "the tokenizer's files do not match their hash")
+    best = meta.get("best")
     return Contract(
         step=meta["step"],
         model=GPT2Config.from_dict(meta["model"]),
         run=meta["run"],
         tokenizer=tokenizer,
-        metrics=meta["metrics"],
+        metrics=finite(meta["metrics"]),
         base=meta.get("base"),
-        best=meta.get("best"),
+        best=best if best and finite({VAL_LOSS: best[VAL_LOSS]}) else None,
+        examples=meta.get("examples"),
+        due=meta.get("due", False),
+        interim=meta.get("interim", False),
     )
 
 

@@ -90,10 +90,14 @@ class Sink(Protocol):
 class JsonLines:
     """metrics.jsonl, and texts in samples.jsonl: {"step": ..., name: value, ...}."""
 
-    def __init__(self, workdir: Path, end: int) -> None:
+    def __init__(self, workdir: Path, start_step: int, *, due: bool) -> None:
+        def is_kept(record: Mapping[str, Any]) -> bool:
+            is_training = "loss" in record
+            return record["step"] < start_step + (is_training or not due)
+
         paths = workdir / "metrics.jsonl", workdir / "samples.jsonl"
         for path in paths:
-            cut_records(path, end)
+            cut_records(path, is_kept)
         self._metrics, self._texts = (path.open("a", buffering=1) for path in paths)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -231,11 +235,12 @@ class Writer:
     """Metrics and samples of a run: in its folder, and on Weights & Biases if asked.
 
     A resumed run goes on in the same files: what was written for steps after
-    `start_step` is taken out first, so that each step stands there once. A run that
-    starts at step 0 writes that step itself. What can't be written is said once, and
-    ends no training.
+    `start_step` is taken out first, so that each step stands there once. What can't be
+    written is said once, and ends no training.
 
     Args:
+      due: whether the evaluation of `start_step` is still to come; what there is of one
+        is taken out too.
       wandb_project: of Weights & Biases; "": none.
       config: what it shows as the run's.
     """
@@ -245,15 +250,19 @@ class Writer:
         workdir: Path,
         start_step: int,
         *,
+        due: bool = False,
         wandb_project: str = "",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        end = start_step + 1 if start_step else 0  # of what is kept
+        end = start_step + (start_step > 0 or not due)  # of what TensorBoard keeps
         self._sinks: list[Sink] = []
         self._noted: list[Sink] = []  # those of which it was said that they failed
         if wandb_project:
             self._sinks.append(WeightsAndBiases(workdir, wandb_project, config or {}))
-        self._sinks += [JsonLines(workdir, end), TensorBoard(workdir, end)]
+        self._sinks += [
+            JsonLines(workdir, start_step, due=due),
+            TensorBoard(workdir, end),
+        ]
 
     def write(self, step: int, **values: float) -> None:
         self._each(lambda sink: sink.write(step, values))

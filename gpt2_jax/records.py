@@ -8,7 +8,7 @@ file and the first such line.
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_records(path: Path, end: int) -> None:
-    """Takes out of a file what was written for the steps from `end` on.
+def cut_records(path: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Takes out of a file the records that are not kept.
 
     Lines that hold no record go too: a copy of the file as it was is kept then.
     """
@@ -40,7 +40,7 @@ def cut_records(path: Path, end: int) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         for line, record in _records(path, bad):
-            if record["step"] < end:
+            if is_kept(record):
                 file.write(line.rstrip(b"\n") + b"\n")
     if bad:
         aside, n = path.with_name(f"{path.name}.damaged"), 1

@@ -21,14 +21,14 @@ class StopSignals:
     that hears of each signal at once. SIGHUP stays ignored under nohup.
 
     In a job of several processes JAX's preemption service listens for SIGTERM, or for
-    the cloud's notice, in each of them, and names one step at which all stop.
+    the cloud's notice, in each of them, and names one moment at which all stop.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._in_job = jax.distributed.is_initialized()
         self._first = threading.Lock()  # taken by who sees the first signal
-        self._handled = 0
+        self._asked = self._handled = 0
         self._cleanup = contextlib.ExitStack()
         self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -38,11 +38,12 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
-    def requested(self, step: int) -> bool:
-        """Whether the run ends with this step; in a job all ask at every step."""
+    def requested(self) -> bool:
+        """Whether the run is to end; in a job all ask at the same moments."""
+        self._asked += 1
         if not self._old and threading.current_thread() is threading.main_thread():
             self._listen()
-        if self._in_job and multihost_utils.reached_preemption_sync_point(step):
+        if self._in_job and multihost_utils.reached_preemption_sync_point(self._asked):
             self.received = signal.SIGTERM
         return self.received is not None
 

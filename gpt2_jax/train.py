@@ -5,15 +5,16 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -43,6 +44,7 @@ from gpt2_jax.model import (
     stack_layers,
     unstack_layers,
 )
+from gpt2_jax.optim import guard_counts
 from gpt2_jax.profiling import StepTrace
 from gpt2_jax.records import append_record
 from gpt2_jax.samples import check_sample, sample_text
@@ -54,7 +56,7 @@ from gpt2_jax.tokenizer import (
     save_tokenizer,
     tokenizer_hash,
 )
-from gpt2_jax.train_config import TrainConfig, changes, plain
+from gpt2_jax.train_config import BEGINNING, Position, TrainConfig, changes, plain
 from gpt2_jax.train_step import (
     TrainState,
     abstract_state,
@@ -64,6 +66,8 @@ from gpt2_jax.train_step import (
     train_step,
 )
 from gpt2_jax.xla_flags import step_options
+
+T = TypeVar("T")
 
 
 class DivergedError(ValueError):
@@ -129,12 +133,13 @@ def train(
         adapted: tuple[Params, Mapping[str, Any]] | None = None
         if resumed is not None:
             contract, state = resumed
+            since = position(cfg, contract)
             if contract.base is not None:
                 places = sharding.tree_shardings(abstract_params(model.cfg), mesh)
                 params = load_base(contract.base, places, f"{workdir} adapts")
                 adapted = params, contract.base
         else:
-            contract = None
+            contract, since = None, BEGINNING
             if source is not None:
                 _note_changes(cfg.init_from, source.config, model.cfg)
             if source is not None and cfg.adapters:
@@ -155,9 +160,10 @@ def train(
             )
             if adapted is not None:
                 run.adapt(*adapted)
+            due = contract is None or contract.due
             if contract is not None and contract.best is not None:
                 run.best = Best(**contract.best)
-            return run.loop(state, optimizer, stop)
+            return run.loop(state, optimizer, stop, since, due=due)
         except BaseException as error:
             if distributed.is_lost_peer(error):
                 checkpoints.give_up()
@@ -376,8 +382,25 @@ def _check_contract(
                 f"checkpoint {folder} has lora.{name}={theirs.get(name)}, the config "
                 f"{ours[name]}: choose another workdir or the same adapters"
             )
+    saved_size = contract.run.get("block_size", cfg.block_size)
+    if saved_size != cfg.block_size:
+        raise ValueError(
+            f"checkpoint {folder} has block_size={saved_size}, the config "
+            f"{cfg.block_size}: a run counts its data in examples of that size; "
+            "init_from begins another run with these weights"
+        )
     if contract.step > cfg.steps:
         raise ValueError(f"checkpoint {folder} is past steps={cfg.steps}")
+
+
+def position(cfg: TrainConfig, contract: checkpoint.Contract) -> Position:
+    """Where the run of a checkpoint stands, whatever sizes its batches had."""
+    if contract.examples is not None:
+        return Position(contract.step, contract.examples)
+    # Older ones don't say: their config was that of the run from its first step on.
+    sizes = {k: contract.run[k] for k in ("batch_size", "batch_warmup")}
+    saved = dataclasses.replace(cfg, **sizes)
+    return Position(contract.step, saved.batch(contract.step).start)
 
 
 def _note(text: str) -> None:
@@ -392,6 +415,25 @@ class Best:
     step: int
     val_loss: float
     since: int = 0
+
+    @classmethod
+    def after(cls, best: "Best | None", step: int, val_loss: float) -> "Best | None":
+        """The best when one more has come; what is not finite is never better."""
+        if math.isfinite(val_loss) and (best is None or val_loss < best.val_loss):
+            return cls(step, val_loss)
+        return best and dataclasses.replace(best, since=best.since + 1)
+
+
+class _Stopped(Exception):
+    """The run is to end, and an evaluation was given up for that."""
+
+
+def _until(stop: StopSignals | None, batches: Iterable[T]) -> Iterator[T]:
+    """The batches, as long as no signal comes; then raises _Stopped."""
+    for batch in batches:
+        if stop is not None and stop.requested():
+            raise _Stopped
+        yield batch
 
 
 class _Run:
@@ -437,21 +479,31 @@ class _Run:
         self.base, self.base_said = base, said
 
     def loop(
-        self, state: TrainState, optimizer: optim.Optimizer, stop: StopSignals
+        self,
+        state: TrainState,
+        optimizer: optim.Optimizer,
+        stop: StopSignals,
+        since: Position,
+        *,
+        due: bool,
     ) -> Result:
-        cfg = self.cfg
-        start = int(state.step)
+        """Goes on to the last step, the end of `eval.patience`, or a signal.
+
+        Args:
+          since: where the state stands.
+          due: whether the evaluation of that step is still to come.
+        """
+        cfg, start = self.cfg, since.step
+        self._since, self._due = since, due
+        self._skipped_in_row = int(guard_counts(state.opt_state)["skipped_in_row"])
         self._open(state, start)
         step_fn = jit_step(cfg, self.model, optimizer, state, self.mesh, self.n_valid)
-        make = partial(global_batch, self.examples, cfg, self.mesh)
+        make = partial(global_batch, self.examples, cfg, self.mesh, since=since)
         self._batches = Ahead(make, range(start, cfg.steps))
         try:
-            if start == 0:
-                val_loss = self._evaluate(state, 0)
-                if cfg.eval.patience:
-                    self._save(state, val_loss)
+            ended = self._finish(state, start, None) if due else self._exhausted
             pending = None  # the metrics of the step that the device is at
-            for step in range(start, start if self._exhausted else cfg.steps):
+            for step in range(start, start if ended else cfg.steps):
                 batch = self._batches.get(step)
                 with self._trace.step(step):
                     state, fresh = step_fn(state, *batch, self.base)
@@ -461,23 +513,12 @@ class _Run:
                     self._clock = None  # writing it took time
                 self._log(pending)
                 pending = (step + 1, fresh)
-                last = stop.requested(step + 1) or step + 1 == cfg.steps
-                evaluated = last or (step + 1) % cfg.eval.every == 0
-                saved = last or (step + 1) % cfg.checkpoint.every == 0
-                if evaluated or saved:
+                if stop.requested() or cfg.saves(step + 1) or cfg.evaluates(step + 1):
                     self._log(pending)
                     pending = None
-                val_loss = None
-                if evaluated and stop.received is None:
-                    val_loss = self._evaluate(state, step + 1)
-                    last |= self._exhausted
-                    saved |= last or self._is_best_to_keep(step + 1)
-                if saved:
-                    self._save(state, val_loss)
-                if evaluated or saved:
+                    if self._finish(state, step + 1, stop):
+                        break
                     self._clock = None  # this time was not the steps'
-                if last:
-                    break
             self.checkpoints.wait()
             return self._close(int(state.step), stop.received)
         finally:
@@ -486,6 +527,45 @@ class _Run:
             self._bar.close()
             if self._writer is not None:
                 self._writer.close()
+
+    def _finish(self, state: TrainState, step: int, stop: StopSignals | None) -> bool:
+        """Saves and evaluates after a step, as far as that is due; whether it was last.
+
+        The state is saved before the evaluation, and what this gives is added to the
+        checkpoint. So no step is lost to what an evaluation runs into, a signal need
+        not wait for it, and the run that goes on from there begins with it.
+
+        Args:
+          stop: None before the first step of a call, where signals end the program.
+        """
+        cfg, stopped = self.cfg, stop is not None and stop.received is not None
+        self._due = cfg.evaluates(step)
+        last = step == cfg.steps
+        spoilt = self._skipped_in_row > 0  # perhaps by the last update that was made
+        regular = cfg.saves(step) and not spoilt
+        saved = regular or last or stopped
+        if saved:
+            self._save(state, interim=not regular or self._due)
+        if self._due and not stopped:
+            try:
+                val_loss = self._evaluate(state, step, stop)
+            except _Stopped:
+                if not saved:
+                    self._save(state, interim=True)
+                return True
+            except Exception:  # whatever it was, the steps before it are kept
+                alone = jax.process_count() == 1  # others may not have met with it
+                if alone and not saved and step > self._since.step:
+                    self._save(state, interim=True)
+                raise
+            self._due = False
+            last |= self._exhausted
+            if val_loss is not None:
+                kept = cfg.saves(step) or last or self._is_best_to_keep(step)
+                regular = kept and math.isfinite(val_loss)
+            if saved or last or regular:
+                self._save(state, val_loss, interim=not regular)
+        return stopped or last
 
     @property
     def _exhausted(self) -> bool:
@@ -497,6 +577,7 @@ class _Run:
         return bool(self.cfg.eval.patience and self.best and self.best.step == step)
 
     def _open(self, state: TrainState, start: int) -> None:
+        """Opens the places where the run writes, and says what it begins with."""
         cfg, shape = self.cfg, self.mesh.shape
         if self.writes:
             (self.workdir / "config.json").write_text(json.dumps(plain(cfg), indent=1))
@@ -572,7 +653,11 @@ class _Run:
             return None
         project = self.cfg.wandb_project
         return metrics.Writer(
-            self.workdir, start, wandb_project=project, config=plain(self.cfg)
+            self.workdir,
+            start,
+            due=self._due,
+            wandb_project=project,
+            config=plain(self.cfg),
         )
 
     def _note_start(self, **facts: Any) -> None:
@@ -589,7 +674,8 @@ class _Run:
         values = {name: float(x) for name, x in jax.device_get(arrays).items()}
         now, waited = time.perf_counter(), self._batches.take_waited()
         if self._clock is not None:
-            tokens = len(self.cfg.batch(step - 1)) * self.cfg.block_size
+            examples = self.cfg.batch(step - 1, self._since)
+            tokens = len(examples) * self.cfg.block_size
             self._recent.append((tokens, now - self._clock, waited))
         self._clock = now
         if self._began is None:
@@ -632,6 +718,7 @@ class _Run:
 
     def _check_skipped(self, step: int, values: dict[str, float]) -> None:
         in_row, most = int(values["skipped_in_row"]), self.cfg.optim.max_skipped
+        self._skipped_in_row = in_row
         if not in_row:
             return
         what = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
@@ -644,9 +731,16 @@ class _Run:
                 f"than optim.max_skipped={most}; the last checkpoint is of step {saved}"
             )
 
-    def _evaluate(self, state: TrainState, step: int) -> float | None:
-        """Validation loss over the same batches each time, and a sample if asked."""
+    def _evaluate(
+        self, state: TrainState, step: int, stop: StopSignals | None
+    ) -> float | None:
+        """Validation loss over the same batches each time, and a sample if asked.
+
+        Raises:
+          _Stopped: when a signal came.
+        """
         cfg = self.cfg
+        val_loss: float | None = None
         params = optim.averaged_params(state.opt_state) or state.params
         if self.base is not None:
             params = with_adapters(self.base, params, self.cfg.lora)
@@ -655,22 +749,21 @@ class _Run:
             batch_size = cfg.batch_size // cut
             examples = self.validation.evaluation(cfg.eval.examples or None)
             batches = in_order(examples, batch_size, cfg.block_size, self.mesh)
-            result = evaluate(params, batches, step=self.eval_step)
-            self.val_loss = result.loss
-            if self.best is None or result.loss < self.best.val_loss:
-                self.best = Best(step, result.loss)
-            else:
-                best = self.best
-                self.best = dataclasses.replace(best, since=best.since + 1)
+            result = evaluate(params, _until(stop, batches), step=self.eval_step)
+            val_loss = result.loss
+            self.best = Best.after(self.best, step, val_loss)
             self._show(val=f"{result.loss:.3f}")
             self._write(step, val_loss=result.loss)
             self._say(
                 f"step {step}/{cfg.steps}: validation loss {result.loss:.4f}, "
                 f"perplexity {result.perplexity:.2f} ({result.tokens:,} tokens)"
             )
+        if stop is not None and stop.requested():
+            raise _Stopped
+        self.val_loss = val_loss
         if cfg.eval.sample_tokens:
             self._sample(params, step)
-        return self.val_loss
+        return val_loss
 
     def _sample(self, params: Params, step: int) -> None:
         model = self.model
@@ -692,7 +785,9 @@ class _Run:
             self._writer.write_text(step, "sample", text)
         self._say(f"--- sample at step {step}\n{text}\n---")
 
-    def _save(self, state: TrainState, val_loss: float | None) -> None:
+    def _save(
+        self, state: TrainState, val_loss: float | None = None, *, interim: bool
+    ) -> None:
         self.checkpoints.save(
             state,
             model=self.model.cfg,
@@ -701,10 +796,15 @@ class _Run:
             val_loss=val_loss,
             base=self.base_said,
             best=None if self.best is None else dataclasses.asdict(self.best),
+            examples=self._examples_seen(int(state.step)),
+            due=self._due,
+            interim=interim,
         )
 
     def _close(self, step: int, received: int | None) -> Result:
         self._bar.close()
+        if (step == self.cfg.steps or self._exhausted) and not self._due:
+            received = None  # it came too late to stop anything
         result = Result(
             step, self.val_loss, None if self.best is None else self.best.step, received
         )
@@ -731,8 +831,11 @@ class _Run:
 
     def _write(self, step: int, **values: float) -> None:
         if self._writer is not None:
-            tokens = self.cfg.batch(step - 1).stop * self.cfg.block_size if step else 0
+            tokens = self._examples_seen(step) * self.cfg.block_size
             self._writer.write(step, tokens=tokens, **values)
+
+    def _examples_seen(self, step: int) -> int:
+        return self.cfg.batch(step, self._since).start
 
     def _say(self, text: str) -> None:
         if not self.writes:
@@ -744,14 +847,18 @@ class _Run:
 
 
 def global_batch(
-    source: Examples, cfg: TrainConfig, mesh: Mesh, step: int
+    source: Examples,
+    cfg: TrainConfig,
+    mesh: Mesh,
+    step: int,
+    since: Position = BEGINNING,
 ) -> tuple[jax.Array | None, ...]:
     """The batch of a step as `train_step` takes it: tokens, mask and segments.
 
     Tokens are int32 [A, B, T + 1], B spread over the mesh; example i of the batch is
     [i // B, i % B].
     """
-    examples = np.array(cfg.batch(step))
+    examples = np.array(cfg.batch(step, since))
     number_AB = examples.reshape(cfg.microbatches(len(examples), mesh), -1)
     return spread(source.train, number_AB, cfg.block_size, mesh)
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from jax.sharding import Mesh
 
@@ -17,6 +17,16 @@ from gpt2_jax.lora import LoraConfig
 from gpt2_jax.model import dtype_named, remat_policy
 
 KINDS = ("text", "sft")  # of data
+
+
+class Position(NamedTuple):
+    """Where a run stands: updates done, and examples that they have seen."""
+
+    step: int = 0
+    examples: int = 0
+
+
+BEGINNING = Position()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +189,16 @@ class TrainConfig:
         """None where all parameters are trained."""
         return self.lora if self.lora.rank else None
 
-    def batch(self, step: int) -> range:
+    def batch(self, step: int, since: Position = BEGINNING) -> range:
         """The numbers of the examples of the batch of a step, the run's first being 0.
 
         `batch_warmup` says until how many tokens a batch has how many examples.
+
+        Args:
+          since: where this config began to apply, at or before `step`: what came before
+            may have had batches of other sizes.
         """
-        at, first = 0, 0  # step and example at which a stage begins
+        at, first = since  # step and example at which a stage begins
         for tokens, size in self.batch_warmup:
             left = tokens - first * self.block_size
             steps = max(0, -(-left // (size * self.block_size)))
@@ -193,6 +207,14 @@ class TrainConfig:
             at, first = at + steps, first + steps * size
         first += (step - at) * self.batch_size
         return range(first, first + self.batch_size)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after so many updates."""
+        return step > 0 and (step == self.steps or step % self.checkpoint.every == 0)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after so many updates."""
+        return step == self.steps or step % self.eval.every == 0
 
     def microbatches(self, batch_size: int, mesh: Mesh) -> int:
         """Into how many microbatches, one after another, a batch is cut: the fewest.

@@ -47,6 +47,7 @@ HOUSE = [
     "detokenize",
     "interop.formats",
     "checkpoint",
+    "retention",
     "data.sft",
     "data.loader",
     "data.prepare",

@@ -54,6 +54,23 @@ def test_a_resumed_run_writes_each_step_once(tmp_path):
     ]
 
 
+def test_an_evaluation_that_is_still_to_come_is_taken_out(tmp_path):
+    first = Writer(tmp_path, 0)
+    for step in (0, 3):
+        if step:
+            first.write(step, loss=5.0)
+        first.write(step, val_loss=6.0)
+        first.write_text(step, "sample", "a")
+    first.close()
+    for start, due, steps in ((3, True, [0, 3]), (0, False, [0]), (0, True, [])):
+        Writer(tmp_path, start, due=due).close()
+        records = read_metrics(tmp_path / "metrics.jsonl")
+        assert [r["step"] for r in records] == steps
+        assert all("val_loss" in r or r["step"] == 3 for r in records)
+        samples = read_metrics(tmp_path / "samples.jsonl")
+        assert [r["step"] for r in samples] == [s for s in steps if s < 3]
+
+
 def events(path):
     """The last (step, value) of each name in a file of TensorBoard's."""
     content, values = path.read_bytes(), {}

@@ -27,9 +27,9 @@ def python_ctrl_c():
 def test_signals_are_noted_and_a_second_ctrl_c_is_left_to_python(number, capfd):
     before = {n: signal.getsignal(n) for n in SIGNALS}
     with StopSignals() as stop:
-        assert not stop.requested(1)
+        assert not stop.requested()
         signal.raise_signal(number)
-        assert stop.requested(2)
+        assert stop.requested()
         assert stop.received == number
         signal.raise_signal(signal.SIGTERM)  # as a machine that goes down may do
         with pytest.raises(KeyboardInterrupt):
@@ -48,9 +48,9 @@ def test_a_signal_before_the_first_step_does_what_it_did(capfd):
 def test_nohup_is_heeded():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopSignals() as stop:
-        stop.requested(1)
+        stop.requested()
         signal.raise_signal(signal.SIGHUP)
-        assert not stop.requested(2)
+        assert not stop.requested()
 
 
 BUSY = """
@@ -60,7 +60,7 @@ from gpt2_jax.stop import StopSignals
 signal.alarm(60)  # ends a process that hears of nothing
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 with StopSignals() as stop:
-    stop.requested(1)
+    stop.requested()
     print("busy", flush=True)
     # No handler in Python runs before this returns, as while XLA compiles.
     mutex = ctypes.create_string_buffer(256)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -7,19 +8,22 @@ import pytest
 
 from configs import default
 from gpt2_jax import train as train_module
+from gpt2_jax.checkpoint import Contract
 from gpt2_jax.data.loader import TextExamples, train_examples
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.model import abstract_params
 from gpt2_jax.sharding import make_mesh, traced_for, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer
 from gpt2_jax.train import (
+    Best,
     global_batch,
     make_model,
     make_writable,
+    position,
     scans_layers,
     train,
 )
-from gpt2_jax.train_config import TrainConfig, changes, plain
+from gpt2_jax.train_config import Position, TrainConfig, changes, plain
 
 CONFIGS = sorted(path.stem for path in Path(default.__file__).parent.glob("*.py"))
 
@@ -217,3 +221,45 @@ def test_a_folder_that_can_not_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         make_writable(tmp_path / "file" / "run")
+
+
+def test_sizes_of_batches_may_change_and_no_example_comes_twice():
+    """A position counts examples: what is left of the warmup is the same from there."""
+    warmup = config(batch_size=16, block_size=10, batch_warmup=((100, 4), (400, 8)))
+    whole = [warmup.batch(step) for step in range(12)]
+    for at in range(12):
+        since = Position(at, whole[at].start)
+        assert [warmup.batch(step, since) for step in range(at, 12)] == whole[at:]
+    seen = [i for step in range(6) for i in config(batch_size=4).batch(step)]
+    since = Position(6, 24)
+    for size in (2, 32):
+        seen += config(batch_size=size).batch(6, since)
+        since = Position(6, len(seen))
+    assert seen == list(range(24 + 2 + 32))
+
+
+def test_where_a_checkpoint_stands_that_does_not_say():
+    run = {"batch_size": 4, "batch_warmup": [[160, 2]], "block_size": 16}
+    contract = Contract(9, make_model(config(), ByteTokenizer()).cfg, run, None, {})
+    expected = 5 * 2 + 4 * 4  # 160 tokens are 10 examples, by two
+    cfg = config(batch_size=8, block_size=16)
+    assert position(cfg, contract) == Position(9, expected)
+    newer = dataclasses.replace(contract, examples=7)
+    assert position(cfg, newer) == Position(9, 7)
+
+
+def test_what_is_not_finite_is_never_the_best():
+    best = None
+    for step, loss in enumerate((math.nan, 3.0, math.nan, -math.inf, 2.0, math.inf)):
+        best = Best.after(best, step, loss)
+        assert (
+            best
+            == {
+                0: None,
+                1: Best(1, 3.0),
+                2: Best(1, 3.0, since=1),
+                3: Best(1, 3.0, since=2),
+                4: Best(4, 2.0),
+                5: Best(4, 2.0, since=1),
+            }[step]
+        )
