@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.fields import check_range, check_types
 from gpt2_jax.model import LAYER, STACKED, Params, abstract_params, unstack_layers
 
 # The kernels of a layer, and how many of their axes are inputs.
@@ -38,10 +39,10 @@ class LoraConfig:
     kernels: tuple[str, ...]  # names, or ends of names, in KERNELS
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank={self.rank} must be >= 0")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"lora.alpha={self.alpha} must be finite and > 0")
+        check_types(self, "lora.")
+        check_range("lora.rank", self.rank, 0)
+        if self.alpha <= 0:
+            raise ValueError(f"lora.alpha={self.alpha} must be > 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
         for name in self.kernels:

@@ -13,6 +13,8 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from gpt2_jax.checks import shown
+from gpt2_jax.fields import check_range, check_types
 from gpt2_jax.model import DTYPES, LAYER, STACKED, Params, is_stacked
 from gpt2_jax.sharding import on_gpu
 
@@ -61,6 +63,7 @@ class OptimConfig:
     lr_scales: tuple[tuple[str, float], ...]  # see `rate_factors`
 
     def __post_init__(self) -> None:
+        check_types(self, "optim.")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -71,8 +74,10 @@ class OptimConfig:
             value = getattr(self, field.name)
             if field.name in (*CHOICES, "lr_scales"):
                 continue
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"optim.{field.name}={value} must be finite and >= 0")
+            if value < 0:
+                raise ValueError(f"optim.{field.name}={value} must be >= 0")
+        for name in ("warmup_steps", "decay_steps", "max_skipped"):
+            check_range(f"optim.{name}", getattr(self, name), 0)
         for name in ("learning_rate", "eps", "clip_norm"):
             if getattr(self, name) == 0:
                 raise ValueError(f"optim.{name}=0 must be > 0")
@@ -96,25 +101,16 @@ class OptimConfig:
                 f"optim.muon_learning_rate={self.muon_learning_rate} must be 0 with "
                 f"optim.name={self.name}"
             )
-        for pattern, factor in self._pairs():
+        for pattern, factor in self.lr_scales:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"optim.lr_scales: {pattern!r}: {error}") from None
-            if not (math.isfinite(factor) and factor >= 0):
+            except (re.error, OverflowError, RecursionError) as error:
+                what = shown(pattern)
+                raise ValueError(f"optim.lr_scales: {what}: {error}") from None
+            if factor < 0:
                 raise ValueError(
-                    f"optim.lr_scales: factor {factor} of {pattern!r} must be finite "
-                    "and >= 0"
+                    f"optim.lr_scales: factor {factor} of {shown(pattern)} must be >= 0"
                 )
-
-    def _pairs(self) -> list[tuple[str, float]]:
-        try:
-            return [(str(p), float(factor)) for p, factor in self.lr_scales]
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"optim.lr_scales={self.lr_scales} must be pairs of a pattern and a "
-                "factor"
-            ) from None
 
 
 def check_same_state(cfg: OptimConfig, saved: Mapping[str, Any]) -> None:

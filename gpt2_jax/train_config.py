@@ -11,8 +11,13 @@ from jax.sharding import Mesh
 
 from gpt2_jax import optim, sharding
 from gpt2_jax.attention import check_attention
+from gpt2_jax.checks import check_text, integer
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import PACKINGS, mixture_shares
 from gpt2_jax.data.sft import check_template
+from gpt2_jax.data.sources import is_remote
+from gpt2_jax.fields import GREATEST, check_names, check_range, check_seed, check_types
+from gpt2_jax.files import user_path
 from gpt2_jax.lora import LoraConfig
 from gpt2_jax.model import dtype_named, remat_policy
 
@@ -43,6 +48,7 @@ class DataConfig:
     splits: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         for name, choices in (("packing", PACKINGS), ("kind", KINDS)):
             value = getattr(self, name)
             if value not in choices:
@@ -55,16 +61,13 @@ class DataConfig:
             raise ValueError("data.kind=sft needs data.path, a file of examples")
         if self.kind == "text" and self.template:
             raise ValueError(f"data.template={self.template!r} is for data.kind=sft")
+        check_range("data.vocab_size", self.vocab_size, 0)
+        if self.path and not is_remote(self.path):
+            user_path(self.path)
         if not self.mixture:
             return
-        try:
-            paths = [str(path) for path, _ in self.mixture]
-            weights = [float(weight) for _, weight in self.mixture]
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"data.mixture={self.mixture} must be pairs of a prepared folder and "
-                "its weight"
-            ) from None
+        paths = [path for path, _ in self.mixture]
+        weights = [weight for _, weight in self.mixture]
         if self.path:
             raise ValueError(f"data.path={self.path} and data.mixture: give one")
         mixture_shares(weights)
@@ -78,6 +81,9 @@ class MeshConfig:
     fsdp: int
     tensor: int
 
+    def __post_init__(self) -> None:
+        check_types(self, "mesh.")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -87,11 +93,23 @@ class EvalConfig:
     sample_tokens: int
     sample_prompt: str
 
+    def __post_init__(self) -> None:
+        check_types(self, "eval.")
+        check_range("eval.every", self.every, 1)
+        for name in ("examples", "patience", "sample_tokens"):
+            check_range(f"eval.{name}", getattr(self, name), 0)
+        check_text("eval.sample_prompt", self.sample_prompt)
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int
     keep_last: int
+
+    def __post_init__(self) -> None:
+        check_types(self, "checkpoint.")
+        for name in ("every", "keep_last"):
+            check_range(f"checkpoint.{name}", getattr(self, name), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,26 +141,18 @@ class TrainConfig:
     checkpoint: CheckpointConfig
 
     def __post_init__(self) -> None:
-        at_least_1 = ("steps", "batch_size", "block_size", "log_every")
-        for name, value in [
-            *((name, getattr(self, name)) for name in at_least_1),
-            ("eval.every", self.eval.every),
-            ("checkpoint.every", self.checkpoint.every),
-            ("checkpoint.keep_last", self.checkpoint.keep_last),
-        ]:
-            if value < 1:
-                raise ValueError(f"{name}={value} must be >= 1")
-        for name, value in [
-            ("seed", self.seed),
-            ("device_batch_size", self.device_batch_size),
-            ("eval.examples", self.eval.examples),
-            ("eval.patience", self.eval.patience),
-            ("eval.sample_tokens", self.eval.sample_tokens),
-            ("model.vocab_size", self.model["vocab_size"]),
-            ("model.n_positions", self.model["n_positions"]),
-        ]:
-            if value < 0:
-                raise ValueError(f"{name}={value} must be >= 0")
+        check_types(self)
+        check_seed(self.seed)
+        for name in ("steps", "batch_size", "block_size", "log_every"):
+            check_range(name, getattr(self, name), 1)
+        check_range("device_batch_size", self.device_batch_size, 0)
+        check_text("wandb_project", self.wandb_project)
+        if self.batch_size * self.block_size > GREATEST:
+            raise ValueError(
+                f"batch_size={self.batch_size} times block_size={self.block_size} is "
+                f"more than {GREATEST} tokens"
+            )
+        self._check_model()
         stages = [(0, 1), *self.batch_warmup, (math.inf, self.batch_size)]
         for (tokens, size), (later, larger) in itertools.pairwise(stages):
             if not (tokens < later and size <= larger):
@@ -150,11 +160,6 @@ class TrainConfig:
                     f"batch_warmup={self.batch_warmup} must be pairs of tokens and "
                     f"batch size that rise to batch_size={self.batch_size}"
                 )
-        if 0 < self.model["n_positions"] < self.block_size:
-            raise ValueError(
-                f"block_size={self.block_size} exceeds "
-                f"model.n_positions={self.model['n_positions']}"
-            )
         if self.lora.rank and not self.init_from:
             raise ValueError(
                 f"lora.rank={self.lora.rank} adapts nothing: set init_from"
@@ -169,9 +174,30 @@ class TrainConfig:
         remat_policy(self.remat)
         optim.schedule(self.optim, self.steps)
 
+    def _check_model(self) -> None:
+        """Whether it makes a model; a size of 0 is told by the data or `init_from`."""
+        check_names("model.", self.model, GPT2Config, all_of_them=True)
+        vocab_size, n_positions = self.model["vocab_size"], self.model["n_positions"]
+        for name, size in (("vocab_size", vocab_size), ("n_positions", n_positions)):
+            check_range(f"model.{name}", integer(f"model.{name}", size), 0)
+        if 0 < n_positions < self.block_size:
+            raise ValueError(
+                f"block_size={self.block_size} exceeds model.n_positions={n_positions}"
+            )
+        known = {"vocab_size": vocab_size or 1, "n_positions": n_positions or 1}
+        try:
+            GPT2Config(**{**self.model, **known})
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Of nested plain data, as a config file gives it."""
+    def from_dict(cls, values: Any) -> Self:
+        """Of what a config file gives: a ConfigDict, or nested plain data.
+
+        Raises:
+          ValueError: on anything else, and on a key that is missing or unknown.
+        """
+        values = values.to_dict() if hasattr(values, "to_dict") else values
         sections = {
             "data": DataConfig,
             "optim": optim.OptimConfig,
@@ -180,9 +206,12 @@ class TrainConfig:
             "eval": EvalConfig,
             "checkpoint": CheckpointConfig,
         }
-        return cls(
-            **{k: sections[k](**v) if k in sections else v for k, v in values.items()}
-        )
+        check_names("", values, cls)
+        made = {}
+        for name, kind in sections.items():
+            check_names(f"{name}.", values[name], kind)
+            made[name] = kind(**values[name])
+        return cls(**{**values, **made})
 
     @property
     def adapters(self) -> LoraConfig | None:

@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
@@ -189,8 +190,9 @@ def init_state(
 ) -> TrainState:
     """A fresh state, each shard made where it lives; with `lora` that of adapters."""
     make = jax.jit(partial(_init_state, model, optimizer, lora))  # traced once
-    shardings = sharding.tree_shardings(jax.eval_shape(make, seed), mesh)
-    return jax.jit(make, out_shardings=shardings)(seed)
+    number = np.uint32(seed)  # a Python integer would have to be below 2**31
+    shardings = sharding.tree_shardings(jax.eval_shape(make, number), mesh)
+    return jax.jit(make, out_shardings=shardings)(number)
 
 
 def state_of(

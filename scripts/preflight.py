@@ -33,7 +33,7 @@ flags.mark_flag_as_required("config")
 def main(_: list[str]) -> int:
     preflight.fake_devices(_N_DEVICES.value)
     plan = preflight.plan(
-        TrainConfig.from_dict(_CONFIG.value.to_dict()),
+        TrainConfig.from_dict(_CONFIG.value),
         chip_named(_CHIP.value),
         _N_DEVICES.value,
         _MFU.value,

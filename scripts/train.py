@@ -34,7 +34,7 @@ flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> int:
-    cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
+    cfg = TrainConfig.from_dict(_CONFIG.value)
     profiled = parse_steps(_PROFILE.value) if _PROFILE.value else range(0)
     job = distributed.Job(
         *(_ADDRESS.value, _PROCESSES.value, _PROCESS.value, _START.value, _PEER.value)

@@ -86,6 +86,7 @@ HOUSE = [
     "chips",
     "config",
     "files",
+    "fields",
     "checks",
     "data",
     "interop",

@@ -442,11 +442,11 @@ def test_eight_devices_equal_one_and_keep_their_shards():
         ({"name": "adam"}, "optim.name='adam' is not one of adamw, muon"),
         ({"schedule": "step"}, "optim.schedule='step' is not one of cosine, wsd, lin"),
         ({"state_dtype": "int8"}, "optim.state_dtype='int8' is not one of float32, b"),
-        ({"learning_rate": -1.0}, "optim.learning_rate=-1.0 must be finite and >= 0"),
+        ({"learning_rate": -1.0}, "optim.learning_rate=-1.0 must be >= 0"),
         ({"learning_rate": 0.0}, "optim.learning_rate=0 must be > 0"),
-        ({"weight_decay": math.inf}, "optim.weight_decay=inf must be finite"),
-        ({"max_skipped": -1}, "optim.max_skipped=-1 must be finite and >= 0"),
-        ({"max_loss_z": math.nan}, "optim.max_loss_z=nan must be finite and >= 0"),
+        ({"weight_decay": math.inf}, "optim.weight_decay=inf must be a number, finite"),
+        ({"max_skipped": -1}, "optim.max_skipped=-1 must be >= 0"),
+        ({"max_loss_z": math.nan}, "optim.max_loss_z=nan must be a number, finite"),
         ({"min_learning_rate": 1.0}, "min_learning_rate=1.0 exceeds"),
         ({"b2": 1.0}, "optim.b2=1.0 must be < 1"),
         ({"ema_decay": 1.0}, "optim.ema_decay=1.0 must be < 1"),
@@ -546,9 +546,9 @@ def test_frozen_parameters_do_not_decay_and_their_gradients_may_be_bad():
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ((("wte", -1.0),), "factor -1.0 of 'wte' must be finite and >= 0"),
+        ((("wte", -1.0),), "factor -1.0 of 'wte' must be >= 0"),
         ((("(", 1.0),), r"optim.lr_scales: '\(': .*"),
-        (("wte",), "must be pairs of a pattern and a factor"),
+        (("wte",), r"=\('wte',\) must be a list, each item of it \(text, a number"),
     ],
 )
 def test_bad_scales_are_refused_by_name(pairs, message):

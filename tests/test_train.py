@@ -87,7 +87,7 @@ def test_recipes_are_of_their_size_and_fit_eight_devices(name, millions, example
         ({"batch_warmup": ((9, 4), (9, 8))}, "must be pairs of tokens and batch size"),
         ({"batch_warmup": ((9, 8), (20, 4))}, "that rise to batch_size=16"),
         ({"log_every": 0}, "log_every=0 must be >= 1"),
-        ({"seed": -1}, "seed=-1 must be >= 0"),
+        ({"seed": -1}, r"seed=-1 must be in \[0, 4294967295\]"),
         ({"eval__every": 0}, "eval.every=0 must be >= 1"),
         ({"eval__examples": -1}, "eval.examples=-1 must be >= 0"),
         ({"checkpoint__every": 0}, "checkpoint.every=0 must be >= 1"),

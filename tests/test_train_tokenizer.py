@@ -122,8 +122,8 @@ def test_samples_are_seeded_and_bounded():
             {"special_tokens": ["the"], "model": "byte_level"},
             "of the text as well",
         ),
-        (400, {"max_bytes": 0}, "max_bytes=0 is not positive"),
-        (400, {"seed": -1}, "seed=-1 is negative"),
+        (400, {"max_bytes": 0}, "max_bytes=0 must be >= 1"),
+        (400, {"seed": -1}, "seed=-1 must be in"),
     ],
 )
 def test_bad_requests(corpus: Path, tmp_path: Path, vocab_size, options, message):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.data.shards import (
+    DTYPES,
     SAMPLE,
     SPLITS,
     VERSION,
@@ -22,13 +23,12 @@ from gpt2_jax.data.shards import (
     check_ids,
 )
 from gpt2_jax.data.sources import is_remote
-from gpt2_jax.files import user_path
+from gpt2_jax.files import check_regular, user_path
 from gpt2_jax.interop import nanogpt
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's ids, Llama 3's
 HEADER_BYTES = 4 * 256
-DTYPES = ("uint16", "uint32")
 # Ours, train-00000.bin, are not among them: without an index they are unfinished.
 _SPLIT = "(train|validation|val|test)"
 _NAME = re.compile(rf"{_SPLIT}\.bin|.+[_-]{_SPLIT}(?:[_-]\d+)?\.bin")
@@ -134,6 +134,7 @@ def read_index(
 
 def _shard(file: Path, given: str | None, vocab_size: int) -> tuple[str, Shard]:
     """(dtype, shard) of a file, from its header if there must be one."""
+    check_regular(file)
     size = file.stat().st_size
     header = np.fromfile(file, "<i4", 3)
     magic = int(header[0]) if header.size else 0

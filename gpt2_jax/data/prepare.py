@@ -32,11 +32,12 @@ from tqdm import tqdm
 from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.encode import Counts, Job, encoded, make_plan
 from gpt2_jax.data.records import Records
-from gpt2_jax.data.shards import SPLITS, VERSION, Index, dtype_for, read_index
+from gpt2_jax.data.shards import MOST, SPLITS, VERSION, Index, dtype_for, read_index
 from gpt2_jax.data.sources import Document, Paths, is_remote
 from gpt2_jax.data.stored import Place
-from gpt2_jax.data.tokenizers import KINDS, build_tokenizer, check_seed
+from gpt2_jax.data.tokenizers import KINDS, build_tokenizer
 from gpt2_jax.data.workplace import State, Workplace, Writer, is_ours
+from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import (
     Tokenizer,
@@ -165,11 +166,9 @@ def prepare(
     """
     out = _place(out)
     fractions = _checked(splits)
-    if shard_tokens < 1:
-        raise ValueError(f"{shard_tokens=} is not positive")
+    check_range("shard_tokens", shard_tokens, 1, MOST)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
-    if threads < 1:
-        raise ValueError(f"{threads=} is not positive")
+    check_range("threads", threads, 1, 1024)
     check_seed(seed)
     if isinstance(tokenizer, str) and tokenizer not in KINDS:
         tokenizer = build_tokenizer(tokenizer, vocab_size=vocab_size)

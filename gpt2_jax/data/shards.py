@@ -1,6 +1,5 @@
 """What a folder of token shards is, and its index.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,10 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_jax.checks import shown
+from gpt2_jax.fields import check_names, check_range, check_types
+from gpt2_jax.files import read_json, user_path
 from gpt2_jax.tokenizer import files_hash
 
 VERSION = 1
 SAMPLE = 1 << 20  # ids that tell a dtype, or are checked in one piece
+DTYPES = ("uint16", "uint32")
+MOST = 2**62  # of tokens and bytes
 SPLITS = ("train", "validation", "test")
 
 
@@ -81,27 +85,18 @@ def read_index(folder: Path) -> Index:
     file = folder / "index.json"
     if not file.is_file():
         raise FileNotFoundError(f"no prepared data in {folder}: {file.name} is missing")
-    try:
-        data = json.loads(file.read_bytes())
-        version = data["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from None
-    if version != VERSION:
-        raise ValueError(
-            f"{file} has version {version!r}, this program reads {VERSION}"
-        )
+    data = read_json(file)
     try:
         index = _parse(data)
-        width = np.dtype(index.dtype).itemsize
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from None
-
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    width = np.dtype(index.dtype).itemsize
     was_none = index.eot_id == -1  # how older versions wrote it
     if was_none:
         index = replace(index, eot_id=None)
     for split in index.splits.values():
         for shard in split.shards:
-            path = folder / shard.name
+            path = folder / user_path(shard.name)
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing")
             needed = shard.offset + shard.tokens * width
@@ -137,9 +132,46 @@ def check_ids(file: Path, dtype: str, shard: Shard, vocab_size: int) -> None:
             )
 
 
-def _parse(data: dict[str, Any]) -> Index:
-    splits = {
-        name: Split(**{**split, "shards": tuple(Shard(**s) for s in split["shards"])})
-        for name, split in data["splits"].items()
-    }
-    return Index(**{**data, "splits": splits})
+def _parse(data: Any) -> Index:
+    """The index that JSON says; ValueError on what can't be one, field by field."""
+    check_names("", data, Index)
+    if data["version"] != VERSION:
+        raise ValueError(
+            f"it has version {shown(data['version'])}, this program reads {VERSION}"
+        )
+    if not isinstance(data["splits"], dict):
+        raise ValueError(f"splits={shown(data['splits'])} must be a table")
+    splits = {name: _split(name, each) for name, each in data["splits"].items()}
+    index = Index(**{**data, "splits": splits})
+    check_types(index)
+    if index.dtype not in DTYPES:
+        raise ValueError(f"dtype={shown(index.dtype)} is not {' or '.join(DTYPES)}")
+    check_range("vocab_size", index.vocab_size, 1)
+    if index.eot_id is not None:
+        check_range("eot_id", index.eot_id, -1, index.vocab_size - 1)
+    return index
+
+
+def _split(name: str, data: Any) -> Split:
+    if name not in SPLITS:
+        raise ValueError(f"split {shown(name)} is not one of {', '.join(SPLITS)}")
+    check_names(f"{name}.", data, Split)
+    if not isinstance(data["shards"], list):
+        raise ValueError(f"{name}.shards={shown(data['shards'])} must be a list")
+    shards = []
+    for n, each in enumerate(data["shards"]):
+        check_names(f"{name}.shards[{n}].", each, Shard)
+        shards.append(Shard(**each))
+        check_types(shards[n], f"{name}.shards[{n}].")
+        check_range(f"{name}.shards[{n}].tokens", shards[n].tokens, 1, MOST)
+        check_range(f"{name}.shards[{n}].offset", shards[n].offset, 0, MOST)
+    split = Split(**{**data, "shards": tuple(shards)})
+    check_types(split, f"{name}.")
+    for count in ("documents", "bytes", "unknown"):
+        check_range(f"{name}.{count}", getattr(split, count), 0, MOST)
+    if split.tokens != (found := sum(shard.tokens for shard in shards)) or not shards:
+        raise ValueError(
+            f"{name}.tokens={shown(split.tokens)}, but its {len(shards)} shards have "
+            f"{found}"
+        )
+    return split

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gpt2_jax.data import sources
+from gpt2_jax.data.shards import MOST
 from gpt2_jax.data.sources import Paths
+from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import (
     SENTENCEPIECE_MODELS,
@@ -71,8 +73,7 @@ def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     Texts are cut in parts of some 10,000 characters, of which those with the least
     hashes are kept: one pass, and no more memory than what is kept.
     """
-    if max_bytes < 1:
-        raise ValueError(f"{max_bytes=} is not positive")
+    check_range("max_bytes", max_bytes, 1, MOST)
     key = seed.to_bytes(8, "little")
     kept: list[tuple[bytes, int, str]] = []  # a heap: the greatest hash is first
     size = number = 0
@@ -161,11 +162,3 @@ def _first(texts: Iterator[str], size: int) -> Iterator[str]:
         size -= len(text)
         if size <= 0:
             return
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError if it is not one of 64 bits."""
-    if seed < 0:
-        raise ValueError(f"{seed=} is negative")
-    if seed >= 1 << 64:
-        raise ValueError(f"{seed=} is not less than 2**64")

@@ -323,7 +323,11 @@ GZIP = gzip.compress(json_lines(TEXTS))
         (given("memory://none/x"), {}, "no such file or folder: memory://none/x"),
         (given("-", "-"), {}, "standard input, -, is given more than once"),
         (bad_jsonl(GOOD), {"tokenizer": "word"}, "no tokenizer: word does not exist"),
-        (bad_jsonl(GOOD), {"seed": 1 << 64}, r"is not less than 2\*\*64"),
+        (
+            bad_jsonl(GOOD),
+            {"seed": 1 << 32},
+            r"seed=4294967296 must be in \[0, 429",
+        ),
         (bad_jsonl(GOOD), {"out": "gs://b/x"}, "is a URL, not a path of this machine"),
         (bad_jsonl(GOOD), {"dtype": "uint16"}, "dtype='uint16' is of token shards"),
     ],
@@ -422,7 +426,7 @@ def test_another_request_does_not_destroy_unfinished_work(tmp_path, monkeypatch)
     [
         ("prepare_data.py", ["--splits=a,b,c"], "--splits=['a', 'b', 'c'] are not num"),
         ("prepare_data.py", ["--format=csv"], "--format=csv"),
-        ("prepare_data.py", ["--shard_tokens=0"], "shard_tokens=0 is not positive"),
+        ("prepare_data.py", ["--shard_tokens=0"], "shard_tokens=0 must be >= 1"),
         ("prepare_data.py", ["--path={0}/none"], "no such file or folder"),
         ("train_tokenizer.py", ["--vocab_size=9"], "vocab_size=9 is too small"),
         ("train_tokenizer.py", ["--vocab_size=300", "--model=word"], "--model=word"),
