@@ -301,7 +301,7 @@ def write_gguf(folder: Path) -> None:
     import numpy as np
     from safetensors.numpy import load_file
 
-    cfg = json.loads((folder / "hf" / "config.json").read_text())
+    cfg = json.loads((folder / "hf" / "config.json").read_text(encoding="utf-8"))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, cfg["n_layer"])
     for kind in ("f32", "f16", "q8_0"):
         writer = gguf.GGUFWriter(folder / f"{kind}.gguf", "gpt2")

@@ -53,7 +53,7 @@ def write(folder: Path, size: str, dtype: str) -> None:
         for path, shape in matrix_shapes(cfg)
     )
     values = config_values(cfg, 50256, dtype)
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     write_safetensors(folder, tensors, 10**9)
 
 

@@ -81,10 +81,13 @@ def speed(megabytes: float = 24, rounds: int = 5) -> None:
     text = real_text(int(megabytes * 1e6))
     size = len(text.encode()) / 1e6
     folder = Path(tempfile.mkdtemp())
-    (folder / "text.txt").write_text(text)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
 
     def loop() -> None:
-        with (folder / "text.txt").open() as file, (folder / "ids").open("wb") as out:
+        with (
+            (folder / "text.txt").open(encoding="utf-8") as file,
+            (folder / "ids").open("wb") as out,
+        ):
             while batch := [b for _ in range(2 * THREADS) if (b := file.read(BLOCK))]:
                 for ids in bare.encode_ordinary_batch(batch, num_threads=THREADS):
                     out.write(np.array(ids, np.uint16).tobytes())
@@ -146,7 +149,9 @@ def _resident(pid: int) -> int:
     total = 0
     for each in [pid, *_children(pid)]:
         try:
-            for line in Path(f"/proc/{each}/status").read_text().splitlines():
+            for line in (
+                Path(f"/proc/{each}/status").read_text(encoding="utf-8").splitlines()
+            ):
                 if line.startswith("VmRSS"):
                     total += int(line.split()[1]) * 1024
         except OSError:
@@ -156,7 +161,9 @@ def _resident(pid: int) -> int:
 
 def _children(pid: int) -> Iterator[int]:
     try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        found = (
+            Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+        )
     except OSError:
         return
     for child in map(int, found):

@@ -170,7 +170,7 @@ def ours(text: Path, s: Setting, how: str) -> float | None:
             "--config.optim.warmup_steps=2",
         ]
         log = Path(workdir) / "log"
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             environ = {"XLA_CLIENT_MEM_FRACTION": "0.95", **os.environ}
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environ)
         metrics = Path(workdir) / "metrics.jsonl"
@@ -180,7 +180,7 @@ def ours(text: Path, s: Setting, how: str) -> float | None:
             records = read_metrics(metrics)
         process.kill()
         if process.wait() != -signal.SIGKILL:
-            return failed(command, log.read_text())
+            return failed(command, log.read_text(encoding="utf-8"))
     timed = [r for r in records if "step_seconds" in r and r["step"] > s.warm_up]
     return 1e3 * statistics.median(r["step_seconds"] for r in timed)
 
@@ -255,7 +255,7 @@ def main(_: list[str]) -> None:
     rng = random.Random(0)
     settings = GPU_SETTINGS if _GPU.value else SETTINGS
     settings = [s for s in settings if re.search(_ONLY.value, s.name)]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write("".join(rng.choices(ALPHABET, k=1_000_000)))
         file.flush()
         (on_gpu if _GPU.value else on_cpu)(Path(file.name), settings)

@@ -196,7 +196,7 @@ def _amend(step_folder: Path, known: Mapping[str, Any]) -> None:
     meta = {**json.loads(path.read_bytes()), **known}
     meta.pop("sha256")
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump({**meta, "sha256": _digest(meta)}, file)
         file.flush()
         os.fsync(file.fileno())

@@ -114,6 +114,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ign
 _open_standard_files()
 _stdout, _stderr = Output(1, lasting=False), Output(2, lasting=True)
 if sys.stdin is None:
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+    _nothing = io.BufferedReader(io.FileIO(0, closefd=False))
+    sys.stdin = io.TextIOWrapper(_nothing, encoding="utf-8")
 sys.stdout = _text(_stdout, sys.stdout, plain=not _stdout.isatty())
 sys.stderr = _text(_stderr, sys.stderr, plain=True)

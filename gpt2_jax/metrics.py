@@ -98,7 +98,9 @@ class JsonLines:
         paths = workdir / "metrics.jsonl", workdir / "samples.jsonl"
         for path in paths:
             cut_records(path, is_kept)
-        self._metrics, self._texts = (path.open("a", buffering=1) for path in paths)
+        self._metrics, self._texts = (
+            path.open("a", buffering=1, encoding="utf-8") for path in paths
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -182,12 +184,12 @@ class WeightsAndBiases:
             ) from None
         path = workdir / "wandb_id"
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:8])
+            path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._html = wandb.Html
         try:
             self._run = wandb.init(
                 project=project,
-                id=path.read_text(),
+                id=path.read_text(encoding="utf-8"),
                 name=workdir.name,
                 dir=workdir,
                 config=dict(config),

@@ -46,7 +46,7 @@ def has_matrix_unit() -> bool:
     Known on Linux alone; elsewhere False.
     """
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
 

@@ -240,8 +240,8 @@ def _check_unchanged(path: Path, workdir: Path) -> None:
         return  # which is said elsewhere
     mark, digest = workdir / "examples.sha256", hashlib.sha256(path.read_bytes())
     if not (workdir / "checkpoints").is_dir():
-        mark.write_text(digest.hexdigest())
-    elif mark.exists() and mark.read_text() != digest.hexdigest():
+        mark.write_text(digest.hexdigest(), encoding="utf-8")
+    elif mark.exists() and mark.read_text(encoding="utf-8") != digest.hexdigest():
         raise ValueError(
             f"{path} has changed since this run began: choose another workdir"
         )
@@ -580,7 +580,9 @@ class _Run:
         """Opens the places where the run writes, and says what it begins with."""
         cfg, shape = self.cfg, self.mesh.shape
         if self.writes:
-            (self.workdir / "config.json").write_text(json.dumps(plain(cfg), indent=1))
+            (self.workdir / "config.json").write_text(
+                json.dumps(plain(cfg), indent=1), encoding="utf-8"
+            )
         n_params = n_trained = count_params(state.params)
         per_param = 6
         if self.base is not None:

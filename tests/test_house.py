@@ -238,6 +238,52 @@ def test_imports_are_found(tmp_path, source, everywhere, at_the_top):
     assert found == ["file"] * at_the_top
 
 
+def texts_of_no_encoding(source: str) -> list[str]:
+    """Calls that read or write text as the locale of the machine has it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        function, words = ast.unparse(node.func), {k.arg for k in node.keywords}
+        name, n = function.split(".")[-1], len(node.args) + ("encoding" in words)
+        modes = [
+            ast.unparse(x) for x in [*node.args, *(k.value for k in node.keywords)]
+        ]
+        binary = any(re.fullmatch("'[rwax+]*b[+]?'", mode) for mode in modes)
+        opens = name == "open" and function not in ("os.open", "self.open")
+        if (
+            (name == "read_text" and n < 1)
+            or (name == "write_text" and n < 2)
+            or (opens and "encoding" not in words and not binary)
+        ):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("name", [*LIBRARY])
+def test_text_is_utf_8_everywhere(name):
+    assert texts_of_no_encoding(LIBRARY[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("path.read_text()", 1),
+        ("path.write_text(text)", 1),
+        ("open(path)", 1),
+        ("(folder / 'x').open('a', buffering=1)", 1),
+        ("path.read_text('utf-8')", 0),
+        ("path.write_text(text, encoding='utf-8')", 0),
+        ("open(path, 'rb')", 0),
+        ("path.open('w', encoding='utf-8')", 0),
+        ("path.open('r+b')", 0),
+        ("os.open(path, os.O_RDONLY)", 0),
+    ],
+)
+def test_texts_of_no_encoding_are_found(source, found):
+    assert len(texts_of_no_encoding(source)) == found
+
+
 @pytest.mark.parametrize("path", files_of("scripts").values(), ids=lambda p: p.name)
 def test_scripts_are_thin(path):
     assert len(path.read_text().splitlines()) <= 60

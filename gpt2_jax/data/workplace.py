@@ -222,7 +222,7 @@ def _read_state(kept: Mapping[str, Any]) -> State:
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     """JSON that is there whole, or as it was before, whenever the machine stops."""
     temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(data, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -319,8 +319,10 @@ def write(
     for name, content in files.items():
         (folder / name).write_bytes(content)
     values = config_values(cfg, tokenizer.eot_id, dtype)
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(cfg, summary or {}))
+    (folder / "config.json").write_text(
+        json.dumps(values, indent=2) + "\n", encoding="utf-8"
+    )
+    (folder / "README.md").write_text(model_card(cfg, summary or {}), encoding="utf-8")
     write_safetensors(folder, state_dict(cfg, params, np.dtype(dtype)), max_shard_bytes)
 
 
@@ -383,7 +385,9 @@ def write_safetensors(
         weight_map |= dict.fromkeys(shard, file)
     total = sum(size for shard in shards for size in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2), encoding="utf-8"
+    )
 
 
 def tokenizer_files(tokenizer: Tokenizer, n_positions: int) -> dict[str, bytes]:
