@@ -1,5 +1,6 @@
 """The training loop: resume, step, log, evaluate, save."""
 
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -33,6 +34,7 @@ from gpt2_jax.environment import environment
 from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.files import user_path
 from gpt2_jax.interop.formats import load_base
+from gpt2_jax.lock import Lock
 from gpt2_jax.lora import with_adapters
 from gpt2_jax.model import (
     GPT2,
@@ -110,13 +112,36 @@ def train(
     mesh = sharding.make_mesh(**dataclasses.asdict(cfg.mesh))
     for size in {size for _, size in cfg.batch_warmup} | {cfg.batch_size}:
         cfg.microbatches(size, mesh)
-    folder = workdir / "checkpoints"
-    begun = checkpoint.latest_contract(folder) if cfg.init_from else None
+    begun = None
+    if cfg.init_from:
+        begun = checkpoint.latest_contract(workdir / "checkpoints")
     source = None
     if cfg.init_from and begun is None:
         source = distributed.first_alone(lambda: finetune.open_base(cfg.init_from))
     make_writable(workdir)
     distributed.check_shared(workdir)
+    with distributed.first_alone(partial(_lock, workdir)) as lock:
+        return _train(cfg, workdir, mesh, source, begun, lock, profiled)
+
+
+def _lock(workdir: Path) -> contextlib.AbstractContextManager[Lock | None]:
+    """What process 0 holds while a job trains: two in one folder mix their files."""
+    if not distributed.is_first():
+        return contextlib.nullcontext()
+    return Lock(workdir / ".lock", f"training in {workdir}")
+
+
+def _train(
+    cfg: TrainConfig,
+    workdir: Path,
+    mesh: Mesh,
+    source: finetune.Source | None,
+    begun: checkpoint.Contract | None,
+    lock: Lock | None,
+    profiled: range,
+) -> Result:
+    """`train`, in a folder that is this job's alone."""
+    folder = workdir / "checkpoints"
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     tokenizer, data = distributed.first_alone(lambda: open_data(cfg, workdir, source))
@@ -158,6 +183,7 @@ def train(
             run = _Run(
                 cfg, workdir, mesh, data, tokenizer, model, checkpoints, profiled
             )
+            run.lock = lock
             if adapted is not None:
                 run.adapt(*adapted)
             due = contract is None or contract.due
@@ -462,6 +488,7 @@ class _Run:
         self.eval_step = make_eval_step(model, self.n_valid)
         self.writes = distributed.is_first()
         self.profiled = profiled
+        self.lock: Lock | None = None
         self.val_loss: float | None = None
         self.best: Best | None = None
         self.base: Params | None = None  # what the params of a state are adapters of
@@ -504,6 +531,8 @@ class _Run:
             ended = self._finish(state, start, None) if due else self._exhausted
             pending = None  # the metrics of the step that the device is at
             for step in range(start, start if ended else cfg.steps):
+                if self.lock is not None:
+                    self.lock.check()
                 batch = self._batches.get(step)
                 with self._trace.step(step):
                     state, fresh = step_fn(state, *batch, self.base)

@@ -85,6 +85,7 @@ HOUSE = [
     "cache",
     "chips",
     "config",
+    "lock",
     "files",
     "fields",
     "checks",

@@ -11,6 +11,7 @@ from gpt2_jax import train as train_module
 from gpt2_jax.checkpoint import Contract
 from gpt2_jax.data.loader import TextExamples, train_examples
 from gpt2_jax.data.prepare import prepare
+from gpt2_jax.lock import Lock
 from gpt2_jax.model import abstract_params
 from gpt2_jax.sharding import make_mesh, traced_for, tree_shardings
 from gpt2_jax.tokenizer import ByteTokenizer
@@ -263,3 +264,20 @@ def test_what_is_not_finite_is_never_the_best():
                 5: Best(4, 2.0, since=1),
             }[step]
         )
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt2_jax.lock.PATIENCE", 0)
+    text = tmp_path / "text.txt"
+    text.write_text("too short")
+    cfg = config(data__path=str(text), data__tokenizer="bytes", data__vocab_size=0)
+    (tmp_path / "run").mkdir()
+    with Lock(tmp_path / "run/.lock", "training in run"):
+        with pytest.raises(BlockingIOError, match=r"another process is training in .*"):
+            train(cfg, tmp_path / "run")
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    # which bad input leaves free
+    for _ in range(2):
+        with pytest.raises(ValueError, match="split"):
+            train(cfg, tmp_path / "run")
+        assert not (tmp_path / "run/.lock").exists()

@@ -4,7 +4,6 @@
 the disk, and where in the text that is: a run that was killed goes on from there.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import numpy as np
 from gpt2_jax.data.encode import Counts
 from gpt2_jax.data.shards import SPLITS, Index, Shard, Split
 from gpt2_jax.data.stored import Place
+from gpt2_jax.lock import Lock
 
 
 @dataclass(slots=True)
@@ -124,19 +124,8 @@ class Workplace:
 
     def __enter__(self) -> "Workplace":
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / ".lock"
-        self._lock = path.open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.fstat(self._lock.fileno())
-            if path.exists() and os.path.samestat(path.stat(), held):
-                return self  # and not of a folder that has just been finished
-        except BlockingIOError:
-            pass
-        self._lock.close()
-        raise BlockingIOError(
-            f"another process is preparing {self.out}: it has locked {self.folder}"
-        )
+        self._lock = Lock(self.folder / ".lock", f"preparing {self.out}")
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # What bad input left is of no use; what was interrupted can go on.

@@ -413,6 +413,7 @@ def test_another_request_does_not_destroy_unfinished_work(tmp_path, monkeypatch)
         import fcntl
 
         fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr("gpt2_jax.lock.PATIENCE", 0)
         with pytest.raises(BlockingIOError, match="another process is preparing"):
             prepare(tmp_path / "a.jsonl", tmp_path / "out", ByteTokenizer())
     # nobody can finish what was made of a text that has changed

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import checkpoint, load
+from gpt2_jax.lock import Lock
 from gpt2_jax.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -168,7 +169,8 @@ def test_plot_and_inspect_by_script(whole, tmp_path):
     flags = [f"--workdirs={whole}", f"--out={out}", "--x=tokens"]
     assert run("plot.py", *flags) == f"{out}\n"
     assert out.read_bytes()[:4] == b"\x89PNG"
-    screen = run("inspect_run.py", f"--workdir={whole}")
+    with Lock(whole / ".lock", "training"):  # whoever only reads needs none
+        screen = run("inspect_run.py", f"--workdir={whole}")
     last = losses(whole)[STEPS]
     assert f"training {last:.4f} at step {STEPS}" in screen
     assert f"--workdir={whole}" in screen  # the command
@@ -178,7 +180,8 @@ def test_plot_and_inspect_by_script(whole, tmp_path):
 
 def test_generate_and_evaluate_by_script(whole):
     flags = [f"--workdir={whole}", "--prompt=the quick", "--max_new_tokens=9"]
-    out = run("generate.py", *flags, "--temperature=0")
+    with Lock(whole / ".lock", "training"):
+        out = run("generate.py", *flags, "--temperature=0")
     assert out.startswith("the quick")
     lm = load(whole)
     greedy = lm.generate("the quick", max_new_tokens=9, temperature=0)
@@ -187,7 +190,8 @@ def test_generate_and_evaluate_by_script(whole):
         "generate.py", *flags, "--seed=1"
     )
 
-    out = run("evaluate.py", f"--workdir={whole}", "--split=test")
+    with Lock(whole / ".lock", "training"):
+        out = run("evaluate.py", f"--workdir={whole}", "--split=test")
     loss, perplexity, count = map(
         float,
         re.match(
@@ -228,3 +232,48 @@ def test_another_number_of_devices_goes_on_with_the_same_run(whole, text, tmp_pa
     assert "mesh {'data': 4, 'fsdp': 1, 'tensor': 1}" in process.stdout
     for step, loss in losses(whole).items():
         assert losses(tmp_path)[step] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(10))
+def test_of_two_at_once_one_goes_on(text, tmp_path, trial):
+    """The one that is refused changes nothing in the other."""
+    steps = "--config.steps=600"
+    patience = (
+        "import runpy, sys; from gpt2_jax import lock; lock.PATIENCE = 1;"
+        "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+
+    def begin():
+        command = [sys.executable, "-c", patience, ROOT / "scripts/train.py"]
+        return subprocess.Popen(
+            [*command, *arguments(tmp_path, text), steps],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        )
+
+    first = begin()
+    time.sleep(random.Random(trial).choice([0, 0.01, 0.1, 1, 3]))
+    both = [first, begin()]
+    ends = [process.communicate(timeout=300) for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], ends
+    winner = both[codes.index(0)]
+    [line] = ends[codes.index(2)][1].splitlines()
+    assert re.fullmatch(
+        rf"error: another process is training in {tmp_path}: process {winner.pid} on "
+        rf"\S+, started \S+, has locked {tmp_path}/.lock",
+        line,
+    )
+    alone = tmp_path / "alone"
+    train(alone, text, steps)
+    assert losses(tmp_path) == losses(alone)
+    ours, theirs = (
+        json.loads((folder / "checkpoints/600/meta/metadata").read_text())["checksums"]
+        for folder in (tmp_path, alone)
+    )
+    assert ours == theirs
+    assert not (tmp_path / ".lock").exists()
