@@ -17,6 +17,7 @@ from gpt2_jax.chips import chip_of
 from gpt2_jax.files import read_json
 from gpt2_jax.metrics import EXPECTED_MFU, size_of, time_of
 from gpt2_jax.records import read_metrics
+from gpt2_jax.retention import finite
 from gpt2_jax.train_config import changes
 
 RECENT = 20  # records of whose speeds the median is shown
@@ -201,11 +202,12 @@ def _losses(records: list[dict[str, Any]]) -> Lines:
             f"{last['skipped']:.0f} updates skipped"
         )
     if validation:
-        last, best = validation[-1], min(validation, key=_val_loss)
-        text.append(
-            f"validation {last['val_loss']:.4f} at step {last['step']:,}, least "
-            f"{best['val_loss']:.4f} at step {best['step']:,}"
-        )
+        last = validation[-1]
+        line = f"validation {last['val_loss']:.4f} at step {last['step']:,}"
+        if comparable := [r for r in validation if math.isfinite(r["val_loss"])]:
+            best = min(comparable, key=lambda r: r["val_loss"])
+            line += f", least {best['val_loss']:.4f} at step {best['step']:,}"
+        text.append(line)
     return text or ["none yet"]
 
 
@@ -249,8 +251,8 @@ def _checkpoints(folder: Path, records: list[dict[str, Any]]) -> Lines:
     evaluated = {r["step"]: r for r in records if "val_loss" in r}
     found = folder.iterdir() if folder.is_dir() else []
     steps = sorted(int(p.name) for p in found if p.name.isdecimal())
-    compared = {s: _val_loss(evaluated[s]) for s in steps if s in evaluated}
-    best = min(compared, key=compared.__getitem__, default=None)
+    compared = {s: evaluated[s]["val_loss"] for s in steps if s in evaluated}
+    best = min(finite(compared), key=compared.__getitem__, default=None)
     lines = []
     for step in steps:
         files = (p for p in (folder / str(step)).rglob("*") if p.is_file())
@@ -273,11 +275,6 @@ def _sample(samples: list[dict[str, Any]]) -> Lines:
     ]
     more = ["..."] if len(lines) > SAMPLE_LINES else []
     return [f"of step {last['step']:,}:", *lines[:SAMPLE_LINES], *more]
-
-
-def _val_loss(record: Mapping[str, float]) -> float:
-    """To compare by: what is not a number is no small one."""
-    return math.inf if math.isnan(record["val_loss"]) else record["val_loss"]
 
 
 def _recent(records: list[dict[str, Any]], name: str) -> float | None:

@@ -1,5 +1,6 @@
 """Curves of one or several runs as a picture."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,7 +124,6 @@ def _draw_several(
 def _limit_losses(axes: Any) -> None:
     """Cuts off the beginning and spikes where else all the rest would lie flat."""
     points = np.concatenate([line.get_xydata() for line in axes.lines])
-    points = points[np.isfinite(points).all(axis=1)]
     if not len(points):
         return
     x, y = points.T
@@ -191,15 +191,14 @@ def _records(workdir: Path, x: str) -> list[dict[str, Any]]:
 
 
 def _points(records: Records, x: str, name: str) -> Points:
-    points = [(r[x], r[name]) for r in records if name in r]
+    """Those of a metric that are finite."""
+    points = [(r[x], r[name]) for r in records if math.isfinite(r.get(name, math.nan))]
     array = np.array(points, np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
 def _running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """x, the median of the finite y around there, and of how many: 1 of few."""
-    finite = np.isfinite(y)
-    x, y = x[finite], y[finite]
+    """x, the median of y around there, and of how many: 1 of few."""
     n = 1 + 2 * (len(y) // SMOOTHED)
     if n == 1:
         return x, y, n
@@ -214,5 +213,6 @@ def _last_and_least(records: Records) -> str:
     values = [r["val_loss"] for r in records if "val_loss" in r]
     if not values:
         return ": none"
-    last, least = f"{values[-1]:.3f}", f"{min(values):.3f}"
+    least_value = min(filter(math.isfinite, values), default=values[-1])
+    last, least = f"{values[-1]:.3f}", f"{least_value:.3f}"
     return f": {last}" if last == least else f": {last}, least {least}"

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+K = TypeVar("K")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Saved:
     interim: bool = False
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+def finite(metrics: Mapping[K, float]) -> dict[K, float]:
     """The metrics without those that are no numbers: these can't be compared."""
     return {name: x for name, x in metrics.items() if math.isfinite(x)}
 

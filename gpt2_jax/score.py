@@ -234,14 +234,14 @@ def _collect(
     for i, b, start in places:
         ids, n = rows[i]
         there = b, slice(start, start + n)
-        yield (
-            i,
-            Score(
-                np.asarray(ids[-n:], np.int32),
-                logprob_BS[there].copy(),
-                is_greedy_BS[there].copy(),
-            ),
-        )
+        logprobs = logprob_BS[there].copy()
+        if np.isnan(logprobs).any():  # comparisons would choose one in silence
+            raise ValueError(
+                f"row {i}: the model gives log-probabilities that are not numbers; are "
+                "its parameters finite?"
+            )
+        scored = np.asarray(ids[-n:], np.int32)
+        yield i, Score(scored, logprobs, is_greedy_BS[there].copy())
 
 
 # Apart, for the model is compiled for each shape of windows alone.

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -35,7 +36,7 @@ def a_state(mesh, step, seed=0):
     return TrainState(at, state.params, state.opt_state)
 
 
-def save(folder, *states, keep_last=9, val_losses=None):
+def save(folder, *states, keep_last=9, val_losses=None, **known):
     checkpoints = Checkpoints(folder, keep_last=keep_last)
     for i, state in enumerate(states):
         checkpoints.save(
@@ -44,6 +45,7 @@ def save(folder, *states, keep_last=9, val_losses=None):
             run={"data": {"path": "x"}, "steps": 7},
             tokenizer=ByteTokenizer(),
             val_loss=None if val_losses is None else val_losses[i],
+            **known,
         )
     checkpoints.close()
 
@@ -128,6 +130,42 @@ def test_keeps_the_last_ones_and_the_best(tmp_path):
     # and after a restart
     save(tmp_path, a_state(mesh, 6), keep_last=2, val_losses=[0.5])
     assert checkpoint.check_steps(tmp_path) == [5, 6]
+
+
+def test_what_a_save_did_not_know_is_added(tmp_path):
+    mesh = make_mesh(8, 1, 1)
+    states = [a_state(mesh, step) for step in (1, 2)]
+    save(tmp_path, *states, keep_last=1, val_losses=[3.0, 2.0], due=True, interim=True)
+    assert checkpoint.check_steps(tmp_path) == [2]
+    contract = checkpoint.read_contract(tmp_path / "2")
+    assert (contract.due, contract.interim) == (True, True)
+    best = {"step": 2, "val_loss": 1.5, "since": 0}
+    known = {"best": best, "due": False, "interim": False}
+    save(tmp_path, a_state(mesh, 2, seed=5), val_losses=[1.5], **known)
+    contract = checkpoint.read_contract(tmp_path / "2")
+    assert contract.metrics == {"val_loss": 1.5}
+    assert {name: getattr(contract, name) for name in known} == known
+    back = restore(tmp_path / "2", mesh)
+    jax.tree.map(np.testing.assert_array_equal, back["params"], states[1].params)
+
+
+def test_a_best_that_is_no_number_is_none(tmp_path):
+    """Neither from now on, nor where an older version wrote it down."""
+    mesh = make_mesh(8, 1, 1)
+    states = [a_state(mesh, step) for step in (1, 2, 3)]
+    folder = tmp_path / "checkpoints"
+    best = {"step": 2, "val_loss": math.nan, "since": 0}
+    save(folder, *states, keep_last=1, val_losses=[3.0, math.inf, math.nan], best=best)
+    assert checkpoint.check_steps(folder) == [1, 2, 3]
+    path = folder / "2/meta/metadata"
+    meta = {**json.loads(path.read_text()), "metrics": {"val_loss": -math.inf}}
+    meta.pop("sha256")
+    path.write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
+    contract = checkpoint.read_contract(folder / "2")
+    assert (contract.metrics, contract.best) == ({}, None)
+    assert checkpoint.find_step(tmp_path, "best") == folder / "1"
+    save(folder, a_state(mesh, 4), keep_last=1)
+    assert 1 in checkpoint.check_steps(folder)
 
 
 def test_a_step_that_is_there_is_left_alone(tmp_path):

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import jax
@@ -7,7 +8,7 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from gpt2_jax.batches import in_order
 from gpt2_jax.data.loader import Batch, InOrder
-from gpt2_jax.evaluate import evaluate, make_eval_step
+from gpt2_jax.evaluate import Evaluation, evaluate, make_eval_step
 from gpt2_jax.sharding import make_mesh, replicated
 from shapes import TINY
 
@@ -27,6 +28,12 @@ def examples(tokens, block_size):
         return Batch(x, mask)
 
     return InOrder(-(-targets // block_size), read)
+
+
+def test_perplexity_of_any_loss():
+    losses = (0.0, 1000.0, math.inf, math.nan)
+    found = [Evaluation(loss, 1).perplexity for loss in losses]
+    np.testing.assert_array_equal(found, [1, math.inf, math.inf, math.nan])
 
 
 def test_loss_is_the_mean_over_all_targets_whatever_the_batch(tiny):

@@ -108,6 +108,14 @@ def test_a_run_in_its_midst(workdir):
         assert re.search(pattern, text, re.M), (pattern, text)
 
 
+def test_what_is_not_finite_is_never_the_least(workdir):
+    write(workdir / "metrics.jsonl", {"step": 5, "val_loss": float("-inf")})
+    (workdir / "checkpoints/5").mkdir(parents=True)
+    text = describe(workdir, CONFIG)
+    assert "validation -inf at step 5\n" in text
+    assert "best" not in text
+
+
 def test_long_samples_are_cut(workdir):
     write(workdir / "samples.jsonl", {"step": 3, "sample": "a line\n" * 30})
     lines = describe(workdir, CONFIG).splitlines()

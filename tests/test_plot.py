@@ -80,6 +80,17 @@ def test_several_runs_are_told_apart_by_what_differs(tmp_path, figure):
     assert [line.get_color() for line in bottom.lines] == colors
 
 
+def test_what_is_not_finite_is_left_out(tmp_path, figure):
+    losses = np.linspace(5, 3, 40)
+    losses[[9, 25, 29]] = np.nan, np.nan, -np.inf  # at 10 and 30 there is validation
+    draw_curves([run(tmp_path / "mine", losses)], tmp_path / "a.png")
+    train, validation = figure().axes[0].lines
+    np.testing.assert_array_equal(train.get_ydata(), losses[np.isfinite(losses)])
+    np.testing.assert_array_equal(validation.get_xdata(), [20, 40])
+    said = figure().axes[0].get_legend().get_texts()[1].get_text()
+    assert said == "validation: 4.000"
+
+
 def test_names_where_much_or_nothing_differs(tmp_path):
     many = [{k: f"{i}{'x' * 50}" for k in "abcde"} for i in range(2)]
     runs = [run(tmp_path / f"{i}/same", [1.0], c) for i, c in enumerate(many)]
@@ -107,14 +118,12 @@ def test_the_end_of_a_long_run_is_not_a_flat_line(tmp_path, figure):
 def test_the_running_median():
     x = np.arange(300.0)
     y = x.copy()
-    y[150] = np.nan
-    at, median, n = _running_median(x, y)
-    assert n == 1 + 2 * (299 // 100)
-    assert 150 not in at
-    # mirrored at the ends: of 0, 1, 1, 2, 2, and of their like
-    assert median[0] == 1
-    assert median[-1] == 298
-    np.testing.assert_array_equal(median[2:148], x[2:148])
+    _, median, n = _running_median(x, y)
+    assert n == 1 + 2 * (300 // 100)
+    # mirrored at the ends: of 0, 1, 1, 2, 2, 3, 3, and of their like
+    assert median[0] == 2
+    assert median[-1] == 297
+    np.testing.assert_array_equal(median[3:-3], x[3:-3])
     assert _running_median(x[:99], x[:99])[2] == 1
 
 

@@ -32,6 +32,13 @@ def reference(lm, ids):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+def test_log_probabilities_that_are_no_numbers_are_refused(lm):
+    params = jax.tree.map(lambda x: x * np.nan, lm.params)
+    spoilt = LanguageModel(GPT2(CFG), params, ByteTokenizer(), step=0)
+    with pytest.raises(ValueError, match="probabilities that are not numbers"):
+        list(spoilt.score_rows([Row([1, 2, 3], 2)]))
+
+
 def check(lm, found, ids, n):
     """Of the last n ids."""
     table = reference(lm, ids[:-1])[-n:]
