@@ -1,6 +1,6 @@
 """Programs that get Ctrl-C at moments from their first line to their end.
 
-python benchmarks/interrupt_harness.py --steps=100
+python benchmarks/interrupt_harness.py --steps=120
 python benchmarks/interrupt_harness.py --programs=generate --trials=10
 
 A trial starts a program with nothing compiled before, sends SIGINT to its process group
@@ -61,7 +61,7 @@ def commands(folder: Path, text: Path) -> dict[str, Callable[[Path], list[str]]]
         ),
         "verify": lambda _: [],
     }
-    return {"train": lambda to: kill.command(to, text, 0, 0)} | {
+    return {"train": lambda to: kill.command(to, text, "by steps", 0, 0)} | {
         name: lambda to, name=name, words=words: [
             *(sys.executable, f"{script}/{name}.py"),
             *words(to),
@@ -70,14 +70,19 @@ def commands(folder: Path, text: Path) -> dict[str, Callable[[Path], list[str]]]
     }
 
 
+def environ(programs: Path | None) -> dict[str, str]:
+    """Variables for a program that compiles all it runs, or finds it in `programs`."""
+    found = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    found.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return found | ({"JAX_COMPILATION_CACHE_DIR": str(programs)} if programs else {})
+
+
 def start(command: list[str]) -> tuple[subprocess.Popen, float]:
     """The program as it runs its first line, and the seconds until then."""
-    environ = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     began = time.monotonic()
     process = subprocess.Popen(
         command,
-        env=environ,
+        env=environ(None),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,10 +124,8 @@ def judge(status: int, err: str) -> str:
     return ", ".join(wrong)
 
 
-def same_run(workdir: Path, whole: Path) -> bool:
-    return kill.losses(workdir) == kill.losses(whole) and kill.checksums(
-        workdir
-    ) == kill.checksums(whole)
+def same_run(out: Path, whole: Path) -> bool:
+    return kill.left(out) == kill.left(whole)
 
 
 def same_files(out: Path, whole: Path) -> bool:
@@ -155,7 +158,12 @@ def try_program(
         _, err = process.communicate()
         wrong = judge(process.returncode, err)
         if writes:
-            again = subprocess.run(command(out), capture_output=True, text=True)
+            again = subprocess.run(
+                command(out),
+                env=environ(folder / "programs"),
+                capture_output=True,
+                text=True,
+            )
             if again.returncode and "exists already" not in again.stderr:
                 wrong += f" then status {again.returncode}: {again.stderr[-200:]}"
             elif not (same_run if name == "train" else same_files)(out, whole):
