@@ -1,14 +1,16 @@
 """Curves of one or several runs as a picture."""
 
 import math
+import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import one_line, shown
 from gpt2_jax.files import read_json
 from gpt2_jax.records import read_metrics
 from gpt2_jax.train_config import changes
@@ -44,8 +46,7 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
       ValueError: where its metrics do not tell the tokens that are asked for, or on
         more than MOST_RUNS runs.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib import rc_context
 
     if x not in AXES:
         raise ValueError(f"x={x!r} is not one of {', '.join(AXES)}")
@@ -58,6 +59,20 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
             textwrap.fill(f"{name}; validation{_last_and_least(run)}", WIDTH)
             for name, run in zip(names, runs, strict=True)
         ]
+    # Names are no formulas, and those that the font lacks are boxes in the picture.
+    with (
+        rc_context({"text.parse_math": False, "text.usetex": False}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        _draw(runs, names, x).savefig(png)
+
+
+def _draw(runs: Sequence[Records], names: Sequence[str], x: str) -> Any:
+    """The figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     below = sum(1 + name.count("\n") for name in names) if len(runs) > 1 else 0
     figure = Figure(figsize=(8, 6 + 0.2 * below), dpi=150, layout="constrained")
     losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -81,7 +96,7 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(png)
+    return figure
 
 
 def _draw_one(losses: Any, run: Records, x: str) -> None:
@@ -112,7 +127,8 @@ def _draw_several(
         losses.plot(at, median, color=f"C{i}", **THIN)
         losses.plot(*validation, color=f"C{i}", zorder=3, **DOTTED)
     handles = [
-        Line2D([], [], color=f"C{i}", label=name, **THICK)
+        # matplotlib leaves labels that begin with _ out
+        Line2D([], [], color=f"C{i}", label=re.sub("^_", " _", name), **THICK)
         for i, name in enumerate(names)
     ]
     losses.figure.legend(handles=handles, fontsize=8, loc="outside lower left")
@@ -147,21 +163,22 @@ def legend(workdirs: Sequence[Path]) -> list[str]:
     keys = sorted({key for c in configs for key in changes(configs[0], c)})
     shown = keys[:MOST_KEYS]
     rest = f", and {len(keys) - MOST_KEYS} more" if len(keys) > MOST_KEYS else ""
-    names = [workdir.resolve().name for workdir in workdirs]
+    names = [one_line(workdir.resolve().name) for workdir in workdirs]
     if len(set(names)) < len(names):
-        names = [str(workdir) for workdir in workdirs]
+        names = [one_line(workdir) for workdir in workdirs]
     if not keys:
         return names
-    return [
-        f"{name}: {', '.join(f'{k}={_short(value_of(c, k))}' for k in shown)}{rest}"
-        for name, c in zip(names, configs, strict=True)
+    differ = [
+        ", ".join(f"{one_line(k)}={_short(value_of(c, k))}" for k in shown)
+        for c in configs
     ]
+    return [f"{n}: {d}{rest}" for n, d in zip(names, differ, strict=True)]
 
 
 def _short(value: Any) -> str:
     """Its end, which tells paths apart, where it is long."""
     text = str(value)
-    return text if len(text) <= LONGEST else f"…{text[1 - LONGEST :]}"
+    return one_line(text if len(text) <= LONGEST else f"…{text[1 - LONGEST :]}")
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:

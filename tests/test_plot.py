@@ -143,3 +143,21 @@ def test_what_can_not_be_drawn(tmp_path):
     with pytest.raises(ValueError, match="11 runs are more than 10"):
         draw_curves(11 * [tmp_path], tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_names_are_shown_as_they_are(tmp_path, figure):
+    """No formulas, no warnings of missing glyphs, no lines of their own."""
+    names = ["a$x_1$ b^2", "_$1 run", "\u65e5\u672c \\frac%s{0}", "two\nlines\x1b[2J"]
+    runs = [run(tmp_path / name, [3.0] * 12, {"key$": name}) for name in names]
+    draw_curves(runs, tmp_path / "a.png")
+    legend = figure().legends[0].get_texts()
+    assert [text.get_text().split(": ")[0] for text in legend] == [
+        "a$x_1$ b^2",
+        " _$1 run",
+        "\u65e5\u672c \\frac%s{0}",
+        "two lines\\x1b[2J",
+    ]
+    assert not any(text.get_parse_math() for text in legend)
+    for path in runs:
+        draw_curves([path], tmp_path / "b.png")
+        assert not figure()._suptitle.get_parse_math()
