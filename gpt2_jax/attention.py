@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.checks import check_choice
 from gpt2_jax.sharding import BATCH, compute_capability, n_batch_shards, on_cpu
 
 UNSEEN = np.finfo(np.float32).min  # finite: a row that sees nothing is not NaN
@@ -26,8 +27,7 @@ class Place(NamedTuple):
 
 def check_attention(name: str) -> None:
     """Raises ValueError on what is not one of BACKENDS."""
-    if name not in BACKENDS:
-        raise ValueError(f"attention {name!r} is not one of {', '.join(BACKENDS)}")
+    check_choice("attention", name, BACKENDS)
 
 
 def attention_backend(

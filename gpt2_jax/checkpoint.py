@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gpt2_jax import distributed, sharding
-from gpt2_jax.checks import MESSAGE, one_line
+from gpt2_jax.checks import MESSAGE, integer, one_line, shown
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.metrics import size_of
 from gpt2_jax.model import Params, unstack_layers
@@ -269,9 +269,11 @@ def find_step(path: Path, step: int | str | None = None) -> Path:
       ValueError: when it is neither a number nor "best".
     """
     if isinstance(step, str) and step != BEST:
-        if not step.isdecimal():
-            raise ValueError(f"{step=} is neither a number nor {BEST!r}")
+        if not (step.isdecimal() and step.isascii()):
+            raise ValueError(f"step={shown(step)} is neither a number nor {BEST!r}")
         step = int(step)
+    if not isinstance(step, str | None):
+        step = integer("step", step)
     if step is None and (path / "meta").is_dir():
         return path
     if not path.exists():

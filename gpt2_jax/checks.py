@@ -11,7 +11,7 @@ import numbers
 import operator
 import reprlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,13 @@ def number(name: str, value: Any) -> float:
     if math.isnan(x):
         raise ValueError(f"{name}={shown(value)} must be a number")
     return x
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """`value`, if it is one of these words. ValueError that lists them on others."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(choices)}")
+    return value
 
 
 def check_text(name: str, value: Any) -> str:

@@ -1,8 +1,10 @@
 """The shape of a GPT-2: a frozen, hashable, validated dataclass."""
 
 import dataclasses
-import sys
 from typing import Any, Self
+
+from gpt2_jax.checks import check_choice
+from gpt2_jax.fields import check_range, check_types
 
 # gelu_new is GPT-2's tanh approximation, and the next two are other names of it; gelu
 # is the one by erf.
@@ -41,30 +43,22 @@ class GPT2Config:
     resid_pdrop: float = 0.1  # after each c_proj
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _check_positive_int(name, getattr(self, name))
+            check_range(name, getattr(self, name), 1)
         if self.n_inner is not None:
-            _check_positive_int("n_inner", self.n_inner)
-        for name in ("bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be True or False"
-                )
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function={self.activation_function!r} is not one of "
-                f"{', '.join(ACTIVATIONS)}"
-            )
+            check_range("n_inner", self.n_inner, 1)
+        check_choice("activation_function", self.activation_function, ACTIVATIONS)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}"
             )
         for name in ("layer_norm_epsilon", "initializer_range"):
-            number = _check_number(name, getattr(self, name))
-            if not 0 < number <= sys.float_info.max:
-                raise ValueError(f"{name}={number} must be finite and > 0")
+            number = getattr(self, name)
+            if number <= 0:
+                raise ValueError(f"{name}={number} must be > 0")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            number = _check_number(name, getattr(self, name))
+            number = getattr(self, name)
             if not 0 <= number < 1:
                 raise ValueError(f"{name}={number} must be in [0, 1)")
 
@@ -79,8 +73,7 @@ class GPT2Config:
     @classmethod
     def named(cls, name: str, **overrides: Any) -> Self:
         """One of the four released sizes: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
-        if name not in SIZES:
-            raise ValueError(f"model {name!r} is not one of {', '.join(SIZES)}")
+        check_choice("model", name, SIZES)
         return cls(**{**SIZES[name], **overrides})
 
     @classmethod
@@ -98,16 +91,3 @@ SIZES: dict[str, dict[str, int]] = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
-
-
-def _check_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} must be an integer")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be >= 1")
-
-
-def _check_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}={value!r} must be a number")
-    return value

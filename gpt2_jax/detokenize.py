@@ -5,6 +5,8 @@ The GPT-2 paper (section 3.1) speaks of "invertible de-tokenizers" and gives non
 
 import re
 
+from gpt2_jax.checks import check_choice
+
 # Patterns and what takes their place, in order.
 _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "none": (),
@@ -41,8 +43,7 @@ DETOKENIZERS = tuple(_RULES)
 
 def detokenize(text: str, name: str) -> str:
     """Raises ValueError on a name that is not one of DETOKENIZERS."""
-    if name not in _RULES:
-        raise ValueError(f"detokenizer={name!r} is not one of {', '.join(_RULES)}")
+    check_choice("detokenizer", name, _RULES)
     for pattern, replacement in _RULES[name]:
         text = re.sub(pattern, replacement, text)
     return text

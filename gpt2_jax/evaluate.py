@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt2_jax import checkpoint, sharding
 from gpt2_jax.batches import in_order
+from gpt2_jax.checks import check_text, integer
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.sft import sft_splits
 from gpt2_jax.files import is_url, user_path
@@ -133,6 +134,9 @@ def evaluate_run(
         there, or the data are of another tokenizer.
     """
     check_dtype(dtype)
+    check_text("split", split)
+    if integer("batch_size", batch_size) < 1:
+        raise ValueError(f"{batch_size=} must be >= 1")
     workdir = user_path(workdir)
     folder = checkpoint.find_step(workdir, step)
     contract = checkpoint.read_contract(folder)

@@ -32,9 +32,13 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     `~` and `~user` are home folders, as in a shell, and `file://` URLs are paths.
 
     Raises:
-      ValueError: on what can't be the path of a file or folder of this machine: another
-        URL, the home of nobody, an empty path, a NUL byte, a name that is too long.
+      ValueError: on what can't be the path of a file or folder of this machine: what is
+        neither text nor a `os.PathLike`, another URL, the home of nobody, an empty
+        path, a NUL byte, a name that is too long.
     """
+    if not isinstance(path, str | os.PathLike):
+        kind = type(path).__name__
+        raise ValueError(f"{shown(path)} must be a path, not {kind}")
     text = os.fsdecode(path)
     if not text:
         raise ValueError("a path is empty")

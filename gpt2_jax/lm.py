@@ -71,6 +71,8 @@ def load(
         here, naming what and where.
     """
     check_dtype(dtype)
+    if not isinstance(mesh, Mesh | None):
+        raise ValueError(f"mesh={shown(mesh)} must be a jax.sharding.Mesh")
     source = open_model(model, step=step, revision=revision)
     cfg = source.config
     abstract = abstract_params(cfg)
@@ -433,9 +435,14 @@ class LanguageModel:
                 if "prompt" not in own:
                     raise ValueError(f"request {i} has no prompt")
                 ids = self._encode_one(f"request {i}", own.pop("prompt"))
-                for name in own.keys() & {"logprobs", "allowed_tokens"}:
-                    raise ValueError(f"request {i}: {name} is for all requests")
+                if "logprobs" in own:
+                    raise ValueError(f"request {i}: logprobs is for all requests")
                 merged = _one_sequence(Options(**{**options, **own}), "generate_many")
+                if merged.table is not asked.table and "allowed_tokens" in own:
+                    raise ValueError(
+                        f"request {i}: allowed_tokens is for all requests where it is "
+                        "a table"
+                    )
                 draw = (seed, i, 0)
                 if own.get("seed") is not None:
                     draw = (integer("seed", own["seed"]), 0, 0)

@@ -48,6 +48,7 @@ from gpt2_jax.attention import (
     causal_weights,
 )
 from gpt2_jax.cache import KVCache
+from gpt2_jax.checks import check_choice
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.sharding import BATCH, constrain, has_matrix_unit, on_cpu, on_gpu
 
@@ -91,9 +92,7 @@ def activate(x: jax.Array, name: str) -> jax.Array:
 
 def dtype_named(name: str) -> Any:
     """float32 or bfloat16. Raises ValueError on any other name."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return DTYPES[check_choice("dtype", name, DTYPES)]
 
 
 def remat_policy(name: str) -> Callable[..., bool]:
@@ -101,9 +100,7 @@ def remat_policy(name: str) -> Callable[..., bool]:
 
     Its inputs always are; the rest is computed again.
     """
-    if name not in REMAT:
-        raise ValueError(f"remat {name!r} is not one of {', '.join(REMAT)}")
-    return REMAT[name]
+    return REMAT[check_choice("remat", name, REMAT)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

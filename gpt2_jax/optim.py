@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import check_choice, shown
 from gpt2_jax.fields import check_range, check_types
 from gpt2_jax.model import DTYPES, LAYER, STACKED, Params, is_stacked
 from gpt2_jax.sharding import on_gpu
@@ -65,11 +65,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_types(self, "optim.")
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"optim.{name}={value!r} is not one of {', '.join(choices)}"
-                )
+            check_choice(f"optim.{name}", getattr(self, name), choices)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in (*CHOICES, "lr_scales"):

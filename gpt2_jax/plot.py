@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checks import one_line, shown
+from gpt2_jax.checks import check_choice, one_line, shown
 from gpt2_jax.files import read_json
 from gpt2_jax.records import read_metrics
 from gpt2_jax.train_config import changes
@@ -48,8 +48,7 @@ def draw_curves(workdirs: Sequence[Path], png: Path, *, x: str = "step") -> None
     """
     from matplotlib import rc_context
 
-    if x not in AXES:
-        raise ValueError(f"x={x!r} is not one of {', '.join(AXES)}")
+    check_choice("x", x, AXES)
     if len(workdirs) > MOST_RUNS:
         raise ValueError(f"{len(workdirs)} runs are more than {MOST_RUNS}")
     runs = [_records(workdir, x) for workdir in workdirs]

@@ -15,13 +15,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import check_choice, integer, shown
 from gpt2_jax.data.stored import read_lines
 from gpt2_jax.files import parse_json, user_path
 from gpt2_jax.lm import LanguageModel, load
 from gpt2_jax.score import Row, Score
 from gpt2_jax.sharding import make_mesh
-from gpt2_jax.tasks import DEFAULT, Example, Figure, Found, Options, Prepared, prepare
+from gpt2_jax.tasks import (
+    DEFAULT,
+    TASKS,
+    Example,
+    Figure,
+    Found,
+    Options,
+    Prepared,
+    prepare,
+)
 
 
 def evaluate_task(
@@ -51,8 +60,9 @@ def evaluate_task(
     out = None if out is None else user_path(out)
     if out is not None and out.suffix != ".json":
         raise ValueError(f"out={str(out)!r} must end in .json")
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and integer("batch_size", batch_size) < 1:
         raise ValueError(f"{batch_size=} must be >= 1")
+    check_choice("task", task, TASKS)
     mesh = make_mesh() if jax.device_count() > 1 else None
     lm = load(model, step=step, dtype=dtype, mesh=mesh)
     prepared = prepare(task, path, lm, options)
@@ -67,8 +77,8 @@ def evaluate_task(
         for name, (value, how) in prepared.figures(found).items()
     }
     if out is not None:
-        said: dict[str, Any] = {"task": task, "model": model, "step": lm.step}
-        said |= {"dtype": dtype, "path": path, **dataclasses.asdict(options)}
+        said: dict[str, Any] = {"task": task, "model": str(model), "step": lm.step}
+        said |= {"dtype": dtype, "path": str(path), **dataclasses.asdict(options)}
         said["figures"] = {name: figure._asdict() for name, figure in figures.items()}
         out.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return figures

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import check_choice, shown
 from gpt2_jax.data.records import Records, lacks, text_of, texts_of
 from gpt2_jax.data.records import Row as Record
 from gpt2_jax.data.sources import (
@@ -22,6 +22,7 @@ from gpt2_jax.data.sources import (
     streams_stored,
 )
 from gpt2_jax.detokenize import detokenize
+from gpt2_jax.fields import check_types
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.score import Row, sliding_rows
 from gpt2_jax.tokenizer import Tokenizer
@@ -69,11 +70,10 @@ class Options:
     target: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         detokenize("", self.detokenizer or "none")
-        if self.target not in (None, *TARGETS):
-            raise ValueError(
-                f"target={self.target!r} is not one of {', '.join(TARGETS)}"
-            )
+        if self.target is not None:
+            check_choice("target", self.target, TARGETS)
 
 
 DEFAULT = Options()
@@ -422,8 +422,7 @@ def prepare(task: str, path: str, lm: LanguageModel, options: Options) -> Prepar
       ValueError, OSError: on an unknown task, an option that it does not have, and
         files that are not there, empty or not in its form.
     """
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}")
+    check_choice("task", task, TASKS)
     if options.stride is not None and task not in TAKES_STRIDE:
         raise ValueError(f"stride={options.stride}: {task} has no windows")
     if options.target is not None and task != "lambada":

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpt2_jax.checks import check_text, shown, token_ids
+from gpt2_jax.checks import check_choice, check_text, shown, token_ids
 from gpt2_jax.files import user_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -620,10 +620,7 @@ def train_sentencepiece(
 
     import sentencepiece
 
-    if model_type not in SENTENCEPIECE_MODELS:
-        raise ValueError(
-            f"model_type={model_type!r} is not one of {', '.join(SENTENCEPIECE_MODELS)}"
-        )
+    check_choice("model_type", model_type, SENTENCEPIECE_MODELS)
     check_special_tokens(special_tokens)
     n_special = 2 + len(special_tokens)
     if vocab_size < (least := 256 * byte_fallback + n_special):

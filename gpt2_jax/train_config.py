@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax import optim, sharding
 from gpt2_jax.attention import check_attention
-from gpt2_jax.checks import check_text, integer
+from gpt2_jax.checks import check_choice, check_text, integer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import PACKINGS, mixture_shares
 from gpt2_jax.data.sft import check_template
@@ -49,12 +49,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "data.")
-        for name, choices in (("packing", PACKINGS), ("kind", KINDS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"data.{name}={value!r} is not one of {', '.join(choices)}"
-                )
+        check_choice("data.packing", self.packing, PACKINGS)
+        check_choice("data.kind", self.kind, KINDS)
         if self.template:
             check_template(self.template)
         if self.kind == "sft" and not self.path:

@@ -5,19 +5,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.checks import check_choice
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import GPT2, Params, dtype_named
+from gpt2_jax.model import DTYPES, GPT2, Params, dtype_named
 
 INT8 = "int8"
 
 
 def check_dtype(name: str) -> None:
     """Raises ValueError on what is neither float32, bfloat16 nor int8."""
-    if name != INT8:
-        try:
-            dtype_named(name)
-        except ValueError as error:
-            raise ValueError(f"{error} or {INT8}") from None
+    check_choice("dtype", name, (*DTYPES, INT8))
 
 
 def model_of(cfg: GPT2Config, dtype: str) -> GPT2:

@@ -46,8 +46,11 @@ def test_dict_round_trip_and_unknown_field():
         ({"n_head": 7}, "n_embd=768 is not divisible by n_head=7"),
         ({"n_inner": 0}, "n_inner=0 must be >= 1"),
         ({"bias": 1}, "bias=1 must be True or False"),
-        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon=0 must be finite and > 0"),
-        ({"initializer_range": float("nan")}, "initializer_range=nan must be finite"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon=0 must be > 0"),
+        (
+            {"initializer_range": float("nan")},
+            "initializer_range=nan must be a number, finite",
+        ),
         ({"embd_pdrop": 1.0}, r"embd_pdrop=1.0 must be in \[0, 1\)"),
         ({"attn_pdrop": -0.1}, r"attn_pdrop=-0.1 must be in \[0, 1\)"),
         ({"resid_pdrop": "0.1"}, "resid_pdrop='0.1' must be a number"),

@@ -25,40 +25,10 @@ from gpt2_jax.model import (
     unstack_layers,
 )
 from gpt2_jax.sharding import traced_for
+from plain_decoding import reference_logits
 from shapes import TINY, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 64))
-
-
-def reference_logits(cfg: GPT2Config, params, tokens):
-    """GPT-2 written out in float64, independently of the model under test."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-    def norm(x, w):
-        x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.layer_norm_epsilon)
-        return x * w["scale"] + w["bias"]
-
-    D, H, T = cfg.n_embd, cfg.n_head, tokens.shape[1]
-    x = p["wte"]["embedding"][tokens] + p["wpe"]["embedding"][:T]
-    for i in range(cfg.n_layer):
-        h = p[f"h_{i}"]
-        attn, mlp = h["attn"], h["mlp"]
-        qkv = norm(x, h["ln_1"]) @ attn["c_attn"]["kernel"].reshape(D, 3 * D)
-        q, k, v = np.split(qkv + attn["c_attn"]["bias"], 3, axis=-1)
-        q, k, v = (
-            y.reshape(*y.shape[:2], H, -1).transpose(0, 2, 1, 3) for y in (q, k, v)
-        )
-        s = q @ k.transpose(0, 1, 3, 2) / math.sqrt(D // H)
-        s = np.where(np.tril(np.ones((T, T), bool)), s, -np.inf)
-        s = np.exp(s - s.max(-1, keepdims=True))
-        a = (s / s.sum(-1, keepdims=True)) @ v
-        a = a.transpose(0, 2, 1, 3).reshape(x.shape)
-        x = x + a @ attn["c_proj"]["kernel"].reshape(D, D) + attn["c_proj"]["bias"]
-        u = norm(x, h["ln_2"]) @ mlp["c_fc"]["kernel"] + mlp["c_fc"]["bias"]
-        u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        x = x + u @ mlp["c_proj"]["kernel"] + mlp["c_proj"]["bias"]
-    return norm(x, p["ln_f"]) @ p["wte"]["embedding"].T
 
 
 def test_logits_equal_the_reference(tiny):
@@ -242,7 +212,7 @@ def test_rematerialisation_takes_time_for_memory_and_changes_nothing(scan_layers
 
 def test_an_unknown_rematerialisation_is_refused(tiny):
     _, params = tiny
-    with pytest.raises(ValueError, match="remat 'all' is not one of none, dots, block"):
+    with pytest.raises(ValueError, match="remat='all' is not one of none, dots, block"):
         GPT2(TINY, remat="all").apply({"params": params}, TOKENS)
 
 
@@ -289,7 +259,7 @@ def test_too_many_tokens_are_refused(tiny):
 
 def test_dtype_names():
     assert dtype_named("bfloat16") == jnp.bfloat16
-    with pytest.raises(ValueError, match="dtype 'fp16' is not one of float32"):
+    with pytest.raises(ValueError, match="dtype='fp16' is not one of float32"):
         dtype_named("fp16")
 
 

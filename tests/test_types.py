@@ -1,5 +1,6 @@
 """Values of another type than is wanted: refused in one line, before anything runs."""
 
+import dataclasses
 import re
 from decimal import Decimal
 from fractions import Fraction
@@ -10,12 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gpt2_jax
+from configs import default
 from gpt2_jax.checks import integer, number, token_ids
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.evaluate import evaluate_run
+from gpt2_jax.interop.formats import convert
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
 from gpt2_jax.options import INTEGERS, NUMBERS, Options
 from gpt2_jax.score import Row
+from gpt2_jax.task_runs import evaluate_task
+from gpt2_jax.tasks import Options as TaskOptions
 from gpt2_jax.tokenizer import ByteTokenizer
+from gpt2_jax.train import train
+from gpt2_jax.train_config import TrainConfig
 from shapes import TINY
 
 
@@ -259,6 +269,69 @@ def test_numbers_of_other_kinds():
     for x in (10**400, bytearray(b"1.5"), np.array("0.5"), np.array([0.5]), "0.5"):
         refused(number, "x", x, named="x=")
     assert token_ids("ids", np.array([2**63], np.uint64)) == [2**63]
+
+
+LOADS = {
+    "model": lambda x: gpt2_jax.load(x),
+    "step": lambda x: gpt2_jax.load("x", step=x),
+    "dtype": lambda x: gpt2_jax.load("x", dtype=x),
+    "revision": lambda x: gpt2_jax.load("x", revision=x),
+    "mesh": lambda x: gpt2_jax.load("x", mesh=x),
+    "workdir": lambda x: evaluate_run(x, "test", batch_size=1),
+    "split": lambda x: evaluate_run("x", x, batch_size=1),
+    "batch_size": lambda x: evaluate_run("x", "test", batch_size=x),
+    "evaluated dtype": lambda x: evaluate_run("x", "test", batch_size=1, dtype=x),
+    "converted model": lambda x: convert(x, "hf", "y"),
+    "to": lambda x: convert("x", x, "y"),
+    "out": lambda x: convert("x", "hf", x),
+    "written dtype": lambda x: convert("x", "hf", "y", dtype=x),
+    "max_shard_bytes": lambda x: convert("x", "hf", "y", max_shard_bytes=x),
+    "task": lambda x: evaluate_task("x", x, "y"),
+    "task's model": lambda x: evaluate_task(x, "lambada", "y"),
+    "task's batch_size": lambda x: evaluate_task("x", "lambada", "y", batch_size=x),
+    "task's out": lambda x: evaluate_task("x", "lambada", "y", out=x),
+    "stride": lambda x: TaskOptions(stride=x),
+    "target": lambda x: TaskOptions(target=x),
+    "detokenizer": lambda x: TaskOptions(detokenizer=x),
+    "trained workdir": lambda x: train(CONFIG, x),
+    "name": GPT2Config.named,
+}
+TAKEN = {  # beside None and text, which may be wrong for other reasons
+    "step": ("int", "numpy scalar", "numpy 0-d", "jax 0-d"),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_what_is_no_argument_of_a_function_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # "x" is nowhere
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    numbers = ("int", "numpy scalar", "numpy 0-d", "jax 0-d")
+    is_number = name.endswith(("step", "size", "bytes", "stride"))
+    is_path = name.endswith(("model", "dir", "out"))
+    fine = [*IS_TEXT, *(numbers if is_number else []), *(["path"] if is_path else [])]
+    for value in but_for(ANYTHING, *fine).values():
+        refused(LOADS[name], value)
+
+
+CONFIG = TrainConfig.from_dict(default.get_config().to_dict())
+CONFIGS = [GPT2Config(), CONFIG]
+CONFIGS += [CONFIG.data, CONFIG.optim, CONFIG.lora, CONFIG.mesh, CONFIG.eval]
+CONFIGS += [CONFIG.checkpoint]
+FIELDS = [(c, f.name) for c in CONFIGS for f in dataclasses.fields(c)]
+
+
+@pytest.mark.parametrize(("config", "name"), FIELDS)
+def test_what_is_of_another_type_than_a_field_is_refused(config, name):
+    now = getattr(config, name)
+    fine = {bool: ("bool",), str: IS_TEXT, int: ("int",), float: ("int", "float")}
+    fine = fine.get(
+        int if name == "n_inner" else type(now), ("", "floats", "a float", *OUTSIDE)
+    )
+    for value in but_for(ANYTHING, *fine).values():
+        message = refused(
+            lambda x: dataclasses.replace(config, **{name: x}), value, named=name
+        )
+        assert f"{name}=" in message or f"{name}." in message
 
 
 class TestTokenizers:

@@ -153,5 +153,5 @@ def test_dtypes_by_name():
     for name in ("float32", "bfloat16", "int8"):
         check_dtype(name)
     assert model_of(TINY, "int8").dtype == jnp.float32  # on CPU
-    with pytest.raises(ValueError, match=r"'int4' is not one of .*bfloat16 or int8"):
+    with pytest.raises(ValueError, match=r"'int4' is not one of .*bfloat16, int8"):
         check_dtype("int4")

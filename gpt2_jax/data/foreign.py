@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2_jax.checks import check_choice
 from gpt2_jax.data.shards import (
     DTYPES,
     SAMPLE,
@@ -103,8 +104,8 @@ def read_index(
     wrong magic number or version, a size that does not fit the number of tokens, shards
     of several dtypes, an empty shard and ids that the tokenizer does not have.
     """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"{dtype=} is not one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     found: dict[str, list[Shard]] = {}
     first: tuple[str, Path] | None = None
     for split, file in _shards(user_path(folder).resolve()):

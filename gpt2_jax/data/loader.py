@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from gpt2_jax.checks import check_choice
 from gpt2_jax.data.prepare import load_index
 from gpt2_jax.files import user_path
 
@@ -223,10 +224,7 @@ class TextExamples:
             packing "documents" where nothing stands between them, and as
             `TokenDataset`.
         """
-        if packing not in PACKINGS:
-            raise ValueError(
-                f"data.packing={packing!r} is not one of {', '.join(PACKINGS)}"
-            )
+        check_choice("data.packing", packing, PACKINGS)
         self.parts = [TokenDataset(folder, split) for folder in folders]
         first, *others = self.parts
         for other in others:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from gpt2_jax.checks import check_choice
 from gpt2_jax.data.corpus import default_documents
 from gpt2_jax.data.records import Records, hf_source
 from gpt2_jax.data.stored import open_file, read_lines, reading, remote, text_start
@@ -141,8 +142,7 @@ def documents(
     Raises FileNotFoundError or ValueError as `text_files` does, OSError on what can't
     be read, and ValueError if there is no text at all or a file comes twice.
     """
-    if form not in FORMATS:
-        raise ValueError(f"format={form!r} is not one of {', '.join(FORMATS)}")
+    check_choice("format", form, FORMATS)
     if not field:
         raise ValueError("field='' names no field")
     if path is None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from gpt2_jax.checks import check_choice
 from gpt2_jax.data import sources
 from gpt2_jax.data.shards import MOST
 from gpt2_jax.data.sources import Paths
@@ -120,8 +121,7 @@ def train_tokenizer(
     out = user_path(out).absolute()
     if out.exists():
         raise FileExistsError(f"{out} exists already")
-    if model not in (allowed := (*SENTENCEPIECE_MODELS, "byte_level")):
-        raise ValueError(f"{model=} is not one of {', '.join(allowed)}")
+    check_choice("model", model, (*SENTENCEPIECE_MODELS, "byte_level"))
     check_seed(seed)
     check_special_tokens(special_tokens)
     if model == "byte_level" and not byte_fallback:

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import Contract
+from gpt2_jax.checks import check_choice, check_text, integer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import user_path
 from gpt2_jax.interop import hf, llmc, nanogpt, openai_tf
@@ -52,6 +53,8 @@ def open_model(
     model: str | Path, *, step: int | str | None = None, revision: str | None = None
 ) -> Source:
     """Finds out what `model` is; arguments and errors as of `lm.load`."""
+    if revision is not None:
+        check_text("revision", revision)
     path = user_path(model)
     parts = ("checkpoints", "metrics.jsonl", "meta")
     if step is not None or any((path / part).exists() for part in parts):
@@ -197,11 +200,12 @@ def convert(
       FileExistsError: when `out` is there already.
       ValueError: on what the format can't hold, naming it; and as `lm.load`.
     """
-    if to not in FORMATS:
-        raise ValueError(f"--to={to!r} is not one of {', '.join(FORMATS)}")
+    check_choice("to", to, FORMATS)
     dtype_named(dtype)
     if to == "orbax" and dtype != "float32":
         raise ValueError(f"orbax checkpoints are float32 here, not {dtype}")
+    if integer("max_shard_bytes", max_shard_bytes) < 1:
+        raise ValueError(f"{max_shard_bytes=} must be >= 1")
     out = user_path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists already")

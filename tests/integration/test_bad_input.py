@@ -42,7 +42,7 @@ def finished(text, tmp_path_factory) -> Path:
         (["--config.data.path=/no/such/file.txt"], "/no/such/file.txt"),
         (["--config.nope=1"], "config key does not exist: \"'nope'\""),
         (["--config.batch_size=many"], "--config.batch_size=many"),
-        (["--config.dtype=float17"], "dtype 'float17' is not one of float32, bfloat16"),
+        (["--config.dtype=float17"], "dtype='float17' is not one of float32, bfloat16"),
         (["--config.model.vocab_size=100"], "less than the tokenizer's vocab_size=257"),
         (["--config.mesh.data=3"], "mesh data=3, fsdp=1, tensor=1 does not fit the 1"),
         (["--config.data.splits=(0.9, 0.9, 0.1)"], "splits"),
