@@ -3,93 +3,106 @@
 A step's folder stands alone. It holds `state` (step, params, opt_state), `meta`
 (model config, run config, data position, a checksum for every array) and
 `tokenizer` (its files). Saving is asynchronous and atomic: a save that was cut
-short leaves a temporary folder, which is never taken for a checkpoint.
+short leaves a temporary folder, which is never taken for a checkpoint. Before a save
+counts, what lies on disk is read back.
 """
 
 import base64
 import contextlib
 import dataclasses
-import hashlib
+import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from gpt2_jax import distributed, sharding
+from gpt2_jax import distributed, integrity
 from gpt2_jax.checks import MESSAGE, integer, one_line, shown
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.contract import (
+    FORMAT,
+    VAL_LOSS,
+    Contract,
+    DamagedCheckpointError,
+    damaged,
+    read_contract,
+)
+from gpt2_jax.files import check_regular
+from gpt2_jax.integrity import checksums, digest, leaves, name_of
 from gpt2_jax.metrics import size_of
 from gpt2_jax.model import Params, unstack_layers
-from gpt2_jax.retention import PreservationPolicy, Saved, best_step, finite
-from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_files, tokenizer_hash
+from gpt2_jax.plain_path import plain_path
+from gpt2_jax.retention import Saved, best_step, finite, kept_steps
+from gpt2_jax.tokenizer import Tokenizer, tokenizer_hash
 
-T = TypeVar("T")
-
-FORMAT = 1
 _ELSEWHERE = "another process can't read it"
-VAL_LOSS = "val_loss"
 BEST = "best"
 
-
-class DamagedCheckpointError(ValueError):
-    """What is on disk isn't what was saved."""
+_NUMBER = re.compile(r"0|[1-9][0-9]*")  # a step's folder is named as Python writes ints
+_PARTS = ("state", "meta", "tokenizer")
+_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's, of what is not yet or no more a step
+_LONGEST_SAVE = 6 * 3600  # seconds; Orbax's own 20 minutes are few for a slow disk
 
 
 @dataclasses.dataclass(frozen=True)
-class Contract:
-    """What a checkpoint says of itself."""
+class _Save:
+    """A save that is under way."""
 
     step: int
-    model: GPT2Config
-    run: Mapping[str, Any]  # the configuration of the run, as plain data
-    tokenizer: Tokenizer
-    metrics: Mapping[str, float]  # finite ones
-    base: Mapping[str, Any] | None = None  # what the params are adapters of
-    best: Mapping[str, Any] | None = None  # the evaluation of least loss up to here
-    examples: int | None = None  # seen in training; None: it does not say
-    due: bool = False  # whether the evaluation of this step is still to come
-    interim: bool = False  # see `retention.Saved`
-
-    @property
-    def saved(self) -> Saved:
-        """What decides whether it is kept."""
-        return Saved(self.metrics.get(VAL_LOSS), self.interim)
+    shapes: Mapping[str, jax.ShapeDtypeStruct]  # of its arrays, by path
+    read: Mapping[str, int]  # the checksums of those that are read back
 
 
 class Checkpoints:
     """The checkpoints of one run, of which `retention.kept_steps` are kept."""
 
     def __init__(self, folder: Path, *, keep_last: int = 1) -> None:
-        """Opens `folder`, which is made by the first save.
+        """Opens `folder`, and makes it where it is not there.
 
         Raises:
-          DamagedCheckpointError: when a step's folder can't even be listed.
+          DamagedCheckpointError: when a step lacks a part.
+          ValueError, OSError: naming what else stands in the way of a step.
         """
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={keep_last} must be >= 1")
         self.folder = folder
+        self._keep_last = keep_last
         self._given_up = False
-        saved = {}
+        distributed.first_alone(partial(_open, folder))
+        self._saved: dict[int, Saved] = {}  # the steps that are there
         for step in check_steps(folder):
+            self._saved[step] = Saved()
             with contextlib.suppress(DamagedCheckpointError):  # said when it is read
-                saved[step] = read_contract(folder / str(step)).saved
-        self._policy = PreservationPolicy(saved, keep_last)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._policy, cleanup_tmp_directories=True
+                self._saved[step] = read_contract(folder / str(step)).saved
+        self._read_one_back = False
+        self._save: _Save | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._links = contextlib.ExitStack()
+        self._plain = self._links.enter_context(plain_path(folder))
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.PyTreeCheckpointHandler(),
+                meta=ocp.JsonCheckpointHandler(),
+                tokenizer=ocp.JsonCheckpointHandler(),
+            ),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=_LONGEST_SAVE, post_finalization_callback=self._read_back
+            ),
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self._saved, default=None)
 
     def save(
         self,
@@ -120,24 +133,26 @@ class Checkpoints:
           interim: whether it is kept until the next one only, see `retention.Saved`.
 
         Raises:
-          OSError: in all processes, where there is no space for it.
+          OSError: in all processes, where there is no space for it; and as `check`.
         """
         step = int(state.step)
         self.wait()  # for the one before, which removes an older one
         metrics = finite({} if val_loss is None else {VAL_LOSS: val_loss})
-        self._policy.saved[step] = Saved(metrics.get(VAL_LOSS), interim)
+        saved = Saved(metrics.get(VAL_LOSS), interim)
         known = {
             "metrics": metrics,
             "best": None if best is None else dict(best),
             "due": due,
             "interim": interim,
         }
-        if step in self._manager.all_steps():
+        if step in self._saved:
             distributed.first_alone(partial(_amend, self.folder / str(step), known))
+            self._saved[step] = saved
             self._remove_old()
             return
         tree = as_tree(state)
         distributed.first_alone(partial(_check_space, self.folder, tree))
+        sums = checksums(tree)
         meta = {
             "format": FORMAT,
             "step": step,
@@ -152,40 +167,103 @@ class Checkpoints:
                 "vocab_size": tokenizer.vocab_size,
                 "eot_id": tokenizer.eot_id,
             },
-            "checksums": checksums(tree),
+            "checksums": sums,
         }
         files = {
             name: base64.b64encode(content).decode()
             for name, content in tokenizer.files().items()
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(tree),
-                meta=ocp.args.JsonSave({**meta, "sha256": _digest(meta)}),
-                tokenizer=ocp.args.JsonSave(files),
-            ),
-        )
+        # All numbers are read back at the first save of a call, which would show what
+        # is wrong with this machine, disk or library. Later ones are looked at without.
+        shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in leaves(tree)}
+        self._save = _Save(step, shapes, {} if self._read_one_back else sums)
+        self._read_one_back = True
+        try:
+            self._saver.save(
+                self._plain / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(tree),
+                    meta=ocp.args.JsonSave({**meta, "sha256": digest(meta)}),
+                    tokenizer=ocp.args.JsonSave(files),
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise what they like
+            self._error = error
+            self.check()
+        self._thread = threading.Thread(target=self._finish, args=(step, saved))
+        self._thread.start()
+
+    def _read_back(self) -> None:
+        """Raises unless what is about to become a step is whole; in process 0 only."""
+        assert self._save is not None
+        step_folder = self.folder / f"{self._save.step}{_TEMPORARY}"
+        contract = read_contract(step_folder)
+        if contract.checksums.keys() != self._save.shapes.keys():
+            raise damaged(step_folder, "it names other arrays than were saved")
+        try:
+            integrity.check_saved(
+                step_folder / "state", self._save.shapes, self._save.read
+            )
+        except (ValueError, OSError) as error:
+            raise damaged(step_folder, error) from error
+
+    def _finish(self, step: int, saved: Saved) -> None:
+        """Waits for the end of a save, and removes the steps that are not kept then."""
+        try:
+            self._saver.wait_until_finished()
+            self._saved[step] = saved
+            self._remove_old()
+        except Exception as error:  # as above
+            self._error = error
+            if distributed.is_first():
+                with contextlib.suppress(OSError):
+                    _remove_leftovers(self.folder)
 
     def _remove_old(self) -> None:
-        """Removes what is not kept any more; a save does so by itself."""
-        infos = sorted(self._manager.all_steps())
-        kept = self._policy.kept(infos)
-        for step in infos:
-            if step not in kept:
-                self._manager.delete(step)
+        for step in self._saved.keys() - kept_steps(self._saved, self._keep_last):
+            if distributed.is_first():
+                _remove(self.folder / str(step))
+            del self._saved[step]
+
+    def check(self) -> None:
+        """Raises when a save has failed since the last call.
+
+        Raises:
+          OSError: naming the step and what went wrong.
+        """
+        error, self._error = self._error, None
+        if error is not None:
+            assert self._save is not None
+            raise OSError(
+                f"checkpoint {self.folder / str(self._save.step)} could not be saved: "
+                f"{_reason(error).replace(str(self._plain), str(self.folder))}"
+            ) from error
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when all that was saved is on disk. Raises as `check`."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
 
     def give_up(self) -> None:
         """Makes `close` do nothing: it would wait for a process that is gone."""
         self._given_up = True
 
     def close(self) -> None:
-        if not self._given_up:
-            self._manager.close()
+        """Waits for what is being saved. Raises as `check`."""
+        if self._given_up:
+            return
+        try:
+            self.wait()
+        finally:
+            self._saver.close()
+            self._links.close()
+
+
+def _reason(error: Exception) -> str:
+    """Why a save failed, without what TensorStore says of its own source code."""
+    found = re.search(r"\[OS error (\d+): ", str(error))
+    return os.strerror(int(found[1])) if found else one_line(error)
 
 
 def _amend(step_folder: Path, known: Mapping[str, Any]) -> None:
@@ -197,10 +275,31 @@ def _amend(step_folder: Path, known: Mapping[str, Any]) -> None:
     meta.pop("sha256")
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump({**meta, "sha256": _digest(meta)}, file)
+        json.dump({**meta, "sha256": digest(meta)}, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _open(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if distributed.is_first():
+        _remove_leftovers(folder)
+
+
+def _remove(step_folder: Path) -> None:
+    """Takes a step away at once, so that one that is cut short is no step."""
+    away = step_folder.with_name(f"{step_folder.name}{_TEMPORARY}-removed")
+    step_folder.rename(away)
+    shutil.rmtree(away)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what saves and removals that were cut short have left."""
+    for path in list(folder.iterdir()):
+        number, mark, _ = path.name.partition(_TEMPORARY)
+        if mark and _NUMBER.fullmatch(number) and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _check_space(folder: Path, tree: Any) -> None:
@@ -229,6 +328,7 @@ def check_steps(folder: Path) -> list[int]:
 
     Raises:
       DamagedCheckpointError: naming a step whose parts are not all there.
+      ValueError, OSError: as `_steps`.
     """
     steps = _steps(folder)
     for step in steps:
@@ -237,19 +337,41 @@ def check_steps(folder: Path) -> list[int]:
 
 
 def _steps(folder: Path) -> list[int]:
-    if not folder.is_dir():
+    """The numbers of the steps in a run's checkpoint folder, ascending.
+
+    A step is a folder whose name is its number as Python writes it. Whatever else lies
+    there is left alone, unless it has such a name: a step could not be saved there, or
+    is one that can't be reached.
+
+    Raises:
+      ValueError: naming what has the name of a step and is no folder.
+      OSError: when `folder` can't be listed.
+    """
+    if not os.path.lexists(folder):
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+    steps = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _NUMBER.fullmatch(entry.name):
+                continue
+            if not entry.is_dir(follow_symlinks=False):
+                kind = "a symbolic link" if entry.is_symlink() else "no folder"
+                raise ValueError(
+                    f"{entry.path} has the name of a checkpoint and is {kind}: move it "
+                    "elsewhere"
+                )
+            steps.append(int(entry.name))
+    return sorted(steps)
 
 
 def _check_parts(step_folder: Path) -> None:
-    for part in ("state", "meta", "tokenizer"):
+    for part in _PARTS:
         if not (step_folder / part).is_dir():
-            raise _damaged(step_folder, f"no folder {part!r}")
+            raise damaged(step_folder, f"no folder {part!r}")
 
 
 def latest_contract(folder: Path) -> Contract | None:
-    """Of the latest step in `folder` whose contract can be read; None: of none."""
+    """That of the latest step in `folder` whose contract can be read, None for none."""
     for step in reversed(_steps(folder)):
         with contextlib.suppress(DamagedCheckpointError):
             return read_contract(folder / str(step))
@@ -266,10 +388,10 @@ def find_step(path: Path, step: int | str | None = None) -> Path:
 
     Raises:
       FileNotFoundError: when it isn't there.
-      ValueError: when it is neither a number nor "best".
+      ValueError: when it is neither a number nor "best"; and as `check_steps`.
     """
     if isinstance(step, str) and step != BEST:
-        if not (step.isdecimal() and step.isascii()):
+        if not re.fullmatch("[0-9]{1,18}", step):
             raise ValueError(f"step={shown(step)} is neither a number nor {BEST!r}")
         step = int(step)
     if not isinstance(step, str | None):
@@ -310,11 +432,12 @@ def latest_sound(
 
     Raises:
       DamagedCheckpointError: when none is sound: nothing is begun anew then.
+      ValueError, OSError: naming what stands in the place of a step.
     """
     aside = folder.parent / "damaged"
     distributed.first_alone(partial(_set_incomplete_aside, folder, aside))
-    while steps := _steps(folder):
-        step_folder = folder / str(steps[-1])
+    for step in reversed(_steps(folder)):
+        step_folder = folder / str(step)
         contract: Contract | None = None
         error: DamagedCheckpointError | None = None
         try:
@@ -330,15 +453,26 @@ def latest_sound(
                 error = e
         distributed.first_alone(partial(_set_aside, step_folder, aside, error))
     if aside.is_dir() and any(aside.iterdir()):
+        whole = [p.name for p in sorted(aside.iterdir()) if _can_be_joined(p)]
+        advice = (
+            f"move {', '.join(whole)} back, which can be read now"
+            if whole
+            else "remove that to begin anew, or choose another workdir"
+        )
         raise DamagedCheckpointError(
             f"no sound checkpoint is left in {folder}, damaged ones are in {aside}: "
-            "remove that to begin anew, or choose another workdir"
+            f"{advice}"
         )
     return None
 
 
+def _can_be_joined(step_folder: Path) -> bool:
+    """Whether a step was called damaged for what `integrity.join` mends."""
+    return integrity.lacks_its_index(step_folder / "state")
+
+
 def _set_incomplete_aside(folder: Path, aside: Path) -> None:
-    """All steps that lack a part, older ones too: Orbax would stumble over them."""
+    """Sets aside all steps that lack a part, older ones too."""
     for step in _steps(folder):
         try:
             _check_parts(folder / str(step))
@@ -351,47 +485,12 @@ def _set_aside(step_folder: Path, aside: Path, error: Exception | None) -> None:
         return
     aside.mkdir(exist_ok=True)
     to = aside / step_folder.name
-    while to.exists():
+    while os.path.lexists(to):
         to = to.with_name(to.name + "+")
     step_folder.rename(to)
-    why = error or _damaged(step_folder, _ELSEWHERE)
+    why = error or damaged(step_folder, _ELSEWHERE)
     text = one_line(f"note: {why}; it is now {to}", 2 * MESSAGE)  # it has two paths
     print(text, file=sys.stderr, flush=True)
-
-
-def read_contract(step_folder: Path) -> Contract:
-    """Reads and verifies all but the arrays of one step.
-
-    Raises:
-      DamagedCheckpointError: on unreadable or altered JSON or tokenizer files.
-    """
-    meta = _restore(step_folder, "meta", ocp.args.JsonRestore())
-    files = _restore(step_folder, "tokenizer", ocp.args.JsonRestore())
-    digest = meta.pop("sha256", None)
-    if meta.get("format") != FORMAT or digest != _digest(meta):
-        raise _damaged(step_folder, "meta does not match its own hash")
-    said = meta["tokenizer"]
-    try:
-        tokenizer = tokenizer_from_files(
-            said["kind"], {n: base64.b64decode(c) for n, c in files.items()}
-        )
-    except ValueError as e:
-        raise _damaged(step_folder, f"tokenizer: {e}") from e
-    if tokenizer_hash(tokenizer) != said["sha256"]:
-        raise _damaged(step_folder, "the tokenizer's files do not match their hash")
-    best = meta.get("best")
-    return Contract(
-        step=meta["step"],
-        model=GPT2Config.from_dict(meta["model"]),
-        run=meta["run"],
-        tokenizer=tokenizer,
-        metrics=finite(meta["metrics"]),
-        base=meta.get("base"),
-        best=best if best and finite({VAL_LOSS: best[VAL_LOSS]}) else None,
-        examples=meta.get("examples"),
-        due=meta.get("due", False),
-        interim=meta.get("interim", False),
-    )
 
 
 def restore(step_folder: Path, abstract: Any) -> Any:
@@ -411,20 +510,19 @@ def restore(step_folder: Path, abstract: Any) -> Any:
       ValueError: when a shape on disk isn't the one asked for.
     """
     restore_args = jax.tree.map(_restore_args, abstract)
+    args = ocp.args.PyTreeRestore(
+        item=abstract, restore_args=restore_args, partial_restore=True
+    )
     tree, error = None, None
+    distributed.first_alone(partial(_join, step_folder))
     try:
-        tree = _restore(
-            step_folder,
-            "state",
-            ocp.args.PyTreeRestore(
-                item=abstract, restore_args=restore_args, partial_restore=True
-            ),
-        )
+        sums = read_contract(step_folder).checksums
+        tree = _restore(step_folder, args)
     except DamagedCheckpointError as e:
         error = e
     if not distributed.all_agree(error is None):
-        raise error or _damaged(step_folder, _ELSEWHERE)
-    _check_sums(step_folder, tree)
+        raise error or damaged(step_folder, _ELSEWHERE)
+    _check_sums(step_folder, sums, tree)
     return tree
 
 
@@ -435,31 +533,41 @@ def restore_params(step_folder: Path, contract: Contract, abstract: Params) -> P
     """
     if not contract.run.get("optim", {}).get("ema_decay"):
         return restore(step_folder, {"params": abstract})["params"]
-    try:
-        saved = ocp.PyTreeCheckpointHandler().metadata(
-            (step_folder / "state").absolute()
-        )
-    except Exception as e:  # as of `_restore`
-        raise _damaged(step_folder, f"state: {e}") from e
-    wanted = {_name(path): x for path, x in _leaves(abstract)}
+    distributed.first_alone(partial(_join, step_folder))
+    wanted = dict(leaves(abstract))
 
     def of_average(path: Any, _: Any) -> Any:
-        _, is_average, name = _name(path).rpartition("/ema/")
+        _, is_average, name = name_of(path).rpartition("/ema/")
         return wanted[name] if is_average else ocp.PLACEHOLDER
 
-    item = jax.tree_util.tree_map_with_path(of_average, dict(saved.tree))
+    item = jax.tree_util.tree_map_with_path(of_average, _saved_tree(step_folder))
     restore_args = jax.tree.map(_restore_args, item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-    found = {
-        _name(path): x
-        for path, x in _leaves(_restore(step_folder, "state", args))
-        if x is not ocp.PLACEHOLDER
-    }
-    _check_sums(step_folder, found)
+    restored = leaves(_restore(step_folder, args))
+    found = {name: x for name, x in restored if x is not ocp.PLACEHOLDER}
+    _check_sums(step_folder, contract.checksums, found)
     by_name = {name.rpartition("/ema/")[2]: x for name, x in found.items()}
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: by_name[_name(path)], abstract
+        lambda path, _: by_name[name_of(path)], abstract
     )
+
+
+def _join(step_folder: Path) -> None:
+    """Mends a step whose arrays are all there, but not the index that finds them.
+
+    Raises:
+      OSError: when nothing can be written there.
+    """
+    state = step_folder / "state"
+    if not (state.is_dir() and integrity.lacks_its_index(state)):
+        return
+    if not os.access(state, os.W_OK):
+        raise OSError(
+            f"{state} lacks its index, and none can be written there: copy the "
+            "checkpoint to a place that is yours"
+        )
+    with contextlib.suppress(ValueError):  # then it can't be read either, which is said
+        integrity.join(state)
 
 
 def _restore_args(x: Any) -> ocp.RestoreArgs:
@@ -470,76 +578,41 @@ def _restore_args(x: Any) -> ocp.RestoreArgs:
     )
 
 
-def _check_sums(step_folder: Path, tree: Any) -> None:
-    said = _restore(step_folder, "meta", ocp.args.JsonRestore())["checksums"]
+def _check_sums(step_folder: Path, said: Mapping[str, int], tree: Any) -> None:
     for name, value in checksums(tree).items():
         if said.get(name) != value:
-            raise _damaged(step_folder, f"array {name} fails its checksum")
+            raise damaged(step_folder, f"array {name} fails its checksum")
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """path -> 32-bit checksum of each array, computed where its shards lie.
-
-    The sum, modulo 2**32, of each element's bits times an odd number that grows
-    with its index: any flipped bit changes it, and so does a swap or a shift.
-    Integer sums don't depend on their order, so neither does it on the topology.
-    """
-    sums = {}
-    for path, x in _leaves(tree):
-        sums[_name(path)] = _checksum(x)
-        if sharding.on_cpu():
-            # Programs of all CPU devices at a time may each hold some of their threads
-            # and wait for the rest, without end.
-            sums[_name(path)].block_until_ready()
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
+def _saved_tree(step_folder: Path) -> dict[str, Any]:
+    """What a step holds as a tree, with what is known of an array in its place."""
+    with _reading(step_folder) as state:
+        return dict(ocp.PyTreeCheckpointHandler().metadata(state).tree)
 
 
-def params_hash(params: Params) -> str:
-    """Of parameters with an entry a layer, whatever their shardings."""
-    return _digest(checksums(params))
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        index = index * jnp.uint32(size) + iota
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-
-
-def _digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _damaged(step_folder: Path, why: object) -> DamagedCheckpointError:
-    why = " ".join(str(why).split())
-    return DamagedCheckpointError(f"checkpoint {step_folder} is damaged: {why[:300]}")
-
-
-def _restore(step_folder: Path, item: str, args: Any) -> Any:
-    handler = (
-        ocp.JsonCheckpointHandler()
-        if isinstance(args, ocp.args.JsonRestore)
-        else ocp.PyTreeCheckpointHandler()
-    )
+def _restore(step_folder: Path, args: ocp.args.PyTreeRestore) -> Any:
     # Not waiting for other processes, which may have met with damage.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read-{me}"
     )
+    handler = ocp.PyTreeCheckpointHandler()
+    with (
+        _reading(step_folder) as state,
+        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+    ):
+        return checkpointer.restore(state, args=args)
+
+
+@contextlib.contextmanager
+def _reading(step_folder: Path) -> Iterator[Path]:
+    """The folder of a step's arrays, for Orbax to read from while entered.
+
+    Raises:
+      DamagedCheckpointError: for whatever Orbax raises, and on files of such kinds that
+        it would wait for ever.
+      PermissionError: when a file may not be read.
+    """
     unraisable = sys.unraisablehook
 
     def hook(complaint: Any) -> None:
@@ -549,14 +622,26 @@ def _restore(step_folder: Path, item: str, args: Any) -> Any:
     sys.unraisablehook = hook
     asyncio_logger = logging.getLogger("asyncio")  # "exception was never retrieved"
     asyncio_logger.disabled = True
-    try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            restored = checkpointer.restore((step_folder / item).absolute(), args=args)
-    except Exception as e:  # Orbax raises bare Exceptions on damaged files
-        raise _damaged(step_folder, f"{item}: {e.__cause__ or e}") from e
+    state = step_folder / "state"
+    with plain_path(state) as plain:
+        try:
+            _check_files(state)
+            yield plain
+        except PermissionError:
+            raise
+        except Exception as e:  # Orbax raises bare Exceptions on damaged files
+            why = str(e.__cause__ or e).replace(str(plain), str(state))
+            raise damaged(step_folder, f"state: {why}") from e
     sys.unraisablehook = unraisable
     asyncio_logger.disabled = False
-    return restored
+
+
+def _check_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_regular(path)
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _left_behind(complaint: Any) -> bool:

@@ -11,8 +11,8 @@ import numbers
 import operator
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import numpy as np
 
@@ -146,3 +146,26 @@ def token_ids(name: str, value: Any) -> list[int]:
     if set(map(type, ids)) <= {int}:
         return ids
     return [integer(f"{name}: id", i) for i in ids]
+
+
+def check_fields(where: str, value: object, kinds: Mapping[str, Any]) -> None:
+    """Raises unless `value` is a dict that holds, under each name, what it should.
+
+    Args:
+      where: what the dict is, for errors.
+      kinds: name -> type, or union of types. An int is taken for a float too; True and
+        False are no numbers.
+
+    Raises:
+      ValueError: naming the first field that is missing or of another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {shown(value)} is not an object")
+    for name, kind in kinds.items():
+        if name not in value and not isinstance(None, kind):
+            raise ValueError(f"{where}: no {shown(name)}")
+        x, taken = value.get(name), int | float if kind is float else kind
+        no_number = isinstance(x, bool) and bool not in (get_args(kind) or (kind,))
+        if no_number or not isinstance(x, taken):
+            what = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{where}: {shown(name)} is {shown(x)}, not {what}")

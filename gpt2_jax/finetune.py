@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2_jax import sharding
-from gpt2_jax.checkpoint import params_hash
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import user_path
+from gpt2_jax.integrity import params_hash
 from gpt2_jax.interop.formats import Source, open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, tokenizer_hash

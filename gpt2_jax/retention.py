@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 K = TypeVar("K")
 
@@ -49,26 +49,3 @@ def kept_steps(saved: Mapping[int, Saved], keep_last: int) -> set[int]:
     best = best_step(regular)
     kept = {*steps[-keep_last:], *sound[-1:], *([] if best is None else [best])}
     return kept | {max(saved)} if saved else kept
-
-
-class PreservationPolicy:
-    """`kept_steps`, as Orbax asks for it.
-
-    Attributes:
-      saved: what is known of each checkpoint, by step.
-    """
-
-    def __init__(self, saved: Mapping[int, Saved], keep_last: int) -> None:
-        self.saved = dict(saved)
-        self._keep_last = keep_last
-
-    def kept(self, steps: Sequence[int]) -> set[int]:
-        """Which of the steps that are there are kept."""
-        known = {step: self.saved.get(step, Saved()) for step in steps}
-        return kept_steps(known, self._keep_last)
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: Any
-    ) -> Sequence[bool]:
-        kept = self.kept([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in kept for checkpoint in checkpoints]

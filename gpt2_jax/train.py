@@ -542,6 +542,7 @@ class _Run:
                     self._clock = None  # writing it took time
                 self._log(pending)
                 pending = (step + 1, fresh)
+                self.checkpoints.check()  # a save that failed ends the run at once
                 if stop.requested() or cfg.saves(step + 1) or cfg.evaluates(step + 1):
                     self._log(pending)
                     pending = None

@@ -17,6 +17,7 @@ from gpt2_jax.checkpoint import Contract
 from gpt2_jax.checks import check_choice, check_text, integer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import user_path
+from gpt2_jax.integrity import params_hash
 from gpt2_jax.interop import hf, llmc, nanogpt, openai_tf
 from gpt2_jax.interop.params import check_tensors, load_params
 from gpt2_jax.interop.tensors import Tensor
@@ -141,7 +142,7 @@ def load_base(said: Mapping[str, Any], shardings: Any, what: str) -> Params:
     except (ValueError, OSError) as error:
         raise ValueError(f"{what} {said['model']}: {error}") from error
     params = source.load(jnp.float32, shardings)
-    if checkpoint.params_hash(params) != said["sha256"]:
+    if params_hash(params) != said["sha256"]:
         raise ValueError(f"{what} {said['model']}, whose parameters are others now")
     return params
 
