@@ -1,6 +1,6 @@
 """Programs that get Ctrl-C at moments from their first line to their end.
 
-python benchmarks/interrupt_harness.py --steps=120
+python benchmarks/interrupt_harness.py
 python benchmarks/interrupt_harness.py --programs=generate --trials=10
 
 A trial starts a program with nothing compiled before, sends SIGINT to its process group
@@ -61,7 +61,9 @@ def commands(folder: Path, text: Path) -> dict[str, Callable[[Path], list[str]]]
         ),
         "verify": lambda _: [],
     }
-    return {"train": lambda to: kill.command(to, text, "by steps", 0, 0)} | {
+    small = ["--config.steps=40", "--config.model.n_layer=1", "--config.eval.every=15"]
+    small += ["--config.eval.sample_tokens=0"]  # generate.py is tried by itself
+    return {"train": lambda to: [*kill.command(to, text, "by steps", 0, 0), *small]} | {
         name: lambda to, name=name, words=words: [
             *(sys.executable, f"{script}/{name}.py"),
             *words(to),

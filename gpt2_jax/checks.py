@@ -28,17 +28,21 @@ def one_line(text: object, limit: int = MESSAGE) -> str:
     """
     whole = str(text)
     line = " ".join(whole[: 4 * limit].split())
-    line = "".join(map(_escaped, line))
+    line = escaped(line)
     if len(line) > limit or len(whole) > 4 * limit:
         line = f"{line[: limit - 3]}..."
     return line
 
 
-def _escaped(character: str) -> str:
-    # Cc control, Cf format (directions, zero widths), Cs surrogates, Co private use
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn"):
-        return character.encode("unicode_escape").decode("ascii")
-    return character
+def escaped(text: str) -> str:
+    """`text` with what is no plain character as in Python's literals, as above."""
+    return "".join(
+        # Cc control, Cf format (directions, zero widths), Cs surrogates, Co private use
+        c.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn")
+        else c
+        for c in text
+    )
 
 
 def shown(value: object, limit: int = VALUE) -> str:

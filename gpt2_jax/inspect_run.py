@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import escaped, shown
 from gpt2_jax.chips import chip_of
 from gpt2_jax.files import read_json
 from gpt2_jax.metrics import EXPECTED_MFU, size_of, time_of
@@ -76,7 +76,7 @@ def describe(workdir: Path, defaults: Mapping[str, Any]) -> str:
         ("sample", _sample(samples)),
     ]
     lines = [
-        f"{label if i == 0 else '':<{LABEL}}{line}".rstrip()
+        f"{label if i == 0 else '':<{LABEL}}{escaped(line)}".rstrip()
         for label, text in rows
         for i, line in enumerate(text)
     ]
