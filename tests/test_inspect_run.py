@@ -156,3 +156,12 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(workdir, capsys):
     assert f"left out {workdir}/metrics.jsonl, line 1: not UTF-8" in first
     assert first.endswith(", and 1 more lines")
     assert f"left out {workdir}/environment.jsonl, line 3: [1] is not" in second
+
+
+def test_what_files_hold_moves_no_cursor(workdir):
+    data = {"path": "a\x1b]0;owned\x07\u202e"}
+    (workdir / "config.json").write_text(json.dumps(CONFIG | {"data": data}))
+    write(workdir / "samples.jsonl", {"step": 1, "sample": "\x1b[2J\x9b1A\u202eok"})
+    text = describe(workdir, CONFIG)
+    assert r"data.path='a\x1b]0;owned\x07\u202e'" in text
+    assert text.endswith(r"\x1b[2J\x9b1A\u202eok")
