@@ -44,6 +44,8 @@ _LOST = re.compile(
 class Job:
     """How the processes of a job meet; all None: as the cluster says, if there is one.
 
+    `num_processes=1` and nothing else: this is no job, whatever the cluster says.
+
     Args:
       coordinator_address: HOST:PORT of process 0, which listens there.
       num_processes: of the job.
@@ -67,7 +69,7 @@ class Job:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1 second")
         names = ("coordinator_address", "num_processes", "process_id")
         missing = [name for name in names if getattr(self, name) is None]
-        if len(missing) == 3:
+        if len(missing) == 3 or self.is_alone:
             return
         if missing:
             raise ValueError(f"{', '.join(names)} go together: no {missing[0]}")
@@ -84,6 +86,11 @@ class Job:
                 f"process_id={i} is not in 0 .. num_processes - 1 = {n - 1}"
             )
 
+    @property
+    def is_alone(self) -> bool:
+        others = self.coordinator_address, self.process_id
+        return self.num_processes == 1 and others == (None, None)
+
 
 def run(job: Job, program: Callable[[], int]) -> int:
     """Runs `program` as one process of `job`, and returns its exit status.
@@ -92,6 +99,8 @@ def run(job: Job, program: Callable[[], int]) -> int:
     with its peers, and the status is that of `program`, or `RESUMABLE` when a peer
     never came, died, or stopped to answer.
     """
+    if job.is_alone:
+        return program()
     if job.coordinator_address is None and not detected(os.environ):
         return program()
     if _CHILD not in os.environ:
@@ -118,15 +127,42 @@ def detected(environ: Mapping[str, str]) -> bool:
     Slurm and Open MPI say so in the environment, Kubernetes in that of an indexed job;
     on a Cloud TPU VM JAX asks the machine, whether it is one of several or not.
     """
-    slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
-    if slurm <= environ.keys() and int(environ.get("SLURM_NTASKS", "1")) > 1:
-        return True
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    if slurm_tasks(environ) > 1 or mpi_processes(environ) > 1:
         return True
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys():
         return True
     on_tpu = environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
     return on_tpu and has_tpu()
+
+
+# Steps that Slurm numbers from the end are none of srun's tasks: a shell of salloc, a
+# batch script, what prolog and epilog run in, one that is still to come.
+_FIRST_SPECIAL_STEP = 0xFFFFFFFA
+
+
+def slurm_tasks(environ: Mapping[str, str]) -> int:
+    """How many tasks srun started beside this process, itself included; 0: none.
+
+    A shell of `salloc -n 4` has SLURM_NTASKS=4, and as a step of its own, which it is
+    on many clusters, SLURM_PROCID=0, too.
+    """
+    needed = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
+    step = _number(environ, "SLURM_STEP_ID")
+    if not needed <= environ.keys() or step >= _FIRST_SPECIAL_STEP:
+        return 0
+    name = "SLURM_STEP_NUM_TASKS"  # SLURM_NTASKS may be that of the allocation
+    return _number(environ, name if name in environ else "SLURM_NTASKS")
+
+
+def mpi_processes(environ: Mapping[str, str]) -> int:
+    """How many processes Open MPI started beside this one, itself included; 0: none."""
+    return _number(environ, "OMPI_COMM_WORLD_SIZE")
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    """0 where it is not set, or is no number."""
+    text = environ.get(name, "")
+    return int(text) if re.fullmatch(r"[0-9]{1,10}", text) else 0
 
 
 def has_tpu() -> bool:
@@ -253,9 +289,12 @@ def _connect(job: Job, pipe: int) -> None:
     timer = threading.Timer(job.start_timeout, give_up)
     timer.daemon = True
     timer.start()
+    count = job.num_processes
+    if count is None and mpi_processes(os.environ) <= 1:
+        count = slurm_tasks(os.environ) or None  # JAX would count by SLURM_NTASKS
     jax.distributed.initialize(
         job.coordinator_address,
-        job.num_processes,
+        count,
         job.process_id,
         initialization_timeout=job.start_timeout + 60,  # JAX's own end is an abort
         heartbeat_timeout_seconds=job.peer_timeout,

@@ -23,7 +23,9 @@ from gpt2_jax.train_config import TrainConfig
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the job; 1 by itself: there is no job."
+)
 _PROCESS = flags.DEFINE_integer("process_id", None, "This one's number, from 0.")
 _START = flags.DEFINE_integer("start_timeout", 300, "Seconds for all to come.")
 _PEER = flags.DEFINE_integer("peer_timeout", 100, "Seconds until silence is death.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from gpt2_jax import distributed
 from gpt2_jax.distributed import (
     RESUMABLE,
     Job,
@@ -29,6 +30,7 @@ SLURM = {
     [
         (("host", 2, 0), "coordinator_address='host' is not HOST:PORT"),
         (("host:1", None, 0), "go together: no num_processes"),
+        ((None, 1, 0), "go together: no coordinator_address"),
         ((None, 2, 0), "go together: no coordinator_address"),
         (("host:1", 0, 0), "num_processes=0 must be >= 1"),
         (("host:1", 2, 2), r"process_id=2 is not in 0 .. num_processes - 1 = 1"),
@@ -42,21 +44,75 @@ def test_an_impossible_job_is_refused_by_name(values, message):
         Job(*values)
 
 
+SHELL = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+INTERACTIVE, BATCH, EXTERN = 0xFFFFFFFA, 0xFFFFFFFB, 0xFFFFFFFC
+
+
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
         ({}, False),
         ({**SLURM, "SLURM_NTASKS": "2"}, True),
         ({**SLURM, "SLURM_NTASKS": "1"}, False),  # one task keeps all its GPUs
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, False),  # a shell of salloc
+        ({**SLURM, "SLURM_NTASKS": ""}, False),
+        ({**SLURM, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        # srun -n 1 and -n 2 in an allocation of four, with --preserve-env
+        ({**SLURM, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({**SLURM, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({**SLURM, **SHELL, "SLURM_STEP_ID": "0"}, True),
+        # salloc -n 4: a shell on the login node, or on a node as a step of its own
+        (SHELL, False),
+        ({**SLURM, **SHELL, "SLURM_STEP_ID": str(INTERACTIVE)}, False),
+        (
+            {
+                **SLURM,
+                **SHELL,
+                "SLURM_STEP_ID": str(INTERACTIVE),
+                "SLURM_STEP_NUM_TASKS": "1",
+            },
+            False,
+        ),
+        # sbatch -n 4: what the script itself starts
+        ({**SHELL, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, False),
+        ({**SLURM, **SHELL, "SLURM_STEP_ID": str(BATCH)}, False),
+        ({**SLURM, **SHELL, "SLURM_STEP_ID": str(EXTERN)}, False),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "many"}, False),
+        ({**SHELL, "OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # just any pod
         ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, True),
     ],
 )
 def test_clusters_are_found_by_their_environment(environ, expected):
     assert detected(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({**SLURM, "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"}, 2),
+        ({**SLURM, "SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "2"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_jax_waits_for_those_that_were_started(monkeypatch, environ, expected):
+    """None: it counts them itself."""
+    for name in (*SLURM, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **_: seen.append(args)
+    )
+    distributed._connect(Job(), 0)
+    assert seen == [(None, expected, None)]
+
+
+def test_one_process_may_be_said_to_be_alone(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    assert distributed.run(Job(num_processes=1), lambda: 7) == 7
 
 
 @pytest.mark.parametrize(
