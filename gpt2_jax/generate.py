@@ -129,7 +129,7 @@ def check(request: Request, cfg: GPT2Config, n_valid: int) -> None:
     prompt, options = request.prompt, request.options
     if not prompt:
         raise ValueError("the prompt is empty")
-    check_ids(prompt, n_valid)
+    check_ids(prompt, cfg.vocab_size)
     options.check_ids(n_valid)
     n = options.new_tokens(len(prompt))
     if options.overflow == "error" and len(prompt) + n > cfg.n_positions:

@@ -37,7 +37,7 @@ from gpt2_jax.score import Row as ScoredRow
 from gpt2_jax.score import Score, score_rows, sliding_rows
 from gpt2_jax.sharding import on_device, tree_shardings
 from gpt2_jax.text import TextStream, completing_tokens
-from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, encode_prompt
+from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, before_text, encode_prompt
 from gpt2_jax.weights import INT8, check_dtype, model_of, quantize, turned
 
 Ids = Sequence[int] | np.ndarray
@@ -201,9 +201,10 @@ class LanguageModel:
     ) -> Any:
         """The log-probability of each token of a text, or of each of a list of texts.
 
-        The first token follows the end-of-text token, as a document's does; where the
-        tokenizer has none, it is not scored. A text that is longer than the context is
-        gone through in windows (see `score.sliding_rows`).
+        The first token follows the end-of-text token, as a document's does, or what
+        else the model's texts begin with; where there is no such token, it is not
+        scored. A text that is longer than the context is gone through in windows (see
+        `score.sliding_rows`).
 
         Args:
           text: text, a list of texts, token ids, or a list of token ids.
@@ -217,14 +218,13 @@ class LanguageModel:
           ValueError: on a bad id, and a stride outside [1, n_positions].
         """
         texts, is_batch = self._encode("text", text, self.tokenizer.encode)
-        limit, before = self.config.n_positions, self.tokenizer.eot_id
+        limit, before = self.config.n_positions, before_text(self.tokenizer)
         stride = max(1, limit // 2) if stride is None else integer("stride", stride)
         rows: list[ScoredRow] = []
         counts = []
         for ids in texts:
             check_ids(ids, self._n_valid)
-            ids = ids if before is None else [before, *ids]
-            windows = sliding_rows(ids, limit, stride)
+            windows = sliding_rows([*before, *ids], limit, stride)
             counts.append(len(windows))
             rows += windows
         found = iter(self._score(rows))
@@ -367,25 +367,30 @@ class LanguageModel:
         draft: "str | LanguageModel | None" = None,
         n_draft: int = 4,
         **options: Any,
-    ) -> Iterator[str]:
+    ) -> Iterator[Any]:
         """The text that follows one prompt, in pieces as they come.
 
         A piece never ends within a character, and nothing of a stop string comes out.
-        Closing the iterator stops the work. Arguments are as of `complete`, and are
-        checked at once; one text is all that can be streamed.
+        Without a tokenizer the pieces are ids, one at a time. Closing the iterator
+        stops the work. Arguments are as of `complete`, and are checked at once; one
+        text is all that can be streamed.
         """
         ids = self._encode_one("stream", prompt)
         asked = _one_sequence(Options(**options), "stream")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         decoder = self._decoder(1, asked, self._draft(draft, n_draft))
         request = self._request(0, ids, asked, (seed, 0, 0))
-        text = self._text_stream(asked)
+        has_text = not isinstance(self.tokenizer, NoTokenizer)
+        text = self._text_stream(asked) if has_text else None
 
-        def pieces() -> Iterator[str]:
+        def pieces() -> Iterator[Any]:
             n_given = 0
             for (row,) in decoder.run([request], n_steps=1):
-                piece = text.push(row.ids[n_given:])
-                n_given = len(row.ids)
+                new, n_given = row.ids[n_given:], len(row.ids)
+                if text is None:
+                    yield from new
+                    continue
+                piece = text.push(new)
                 if text.stopped:
                     row.finish = "stop"
                 if row.finish and not text.stopped:
@@ -544,19 +549,18 @@ class LanguageModel:
         self, i: int, ids: list[int], options: Options, draw: tuple[int, int, int]
     ) -> Request:
         """Raises ValueError when the model can't do it."""
-        eot_id, encode = self.tokenizer.eot_id, self.tokenizer.encode
+        encode = self.tokenizer.encode
         words: list[tuple[int, ...]] = []
         for word in options.bad_words:
             if isinstance(word, str):
                 words += {tuple(encode(word)), tuple(encode(" " + word))}
             else:
                 words.append(tuple(word))
-        end_ids = [] if eot_id is None else [eot_id]
         request = Request(
             ids,
             options,
             draw,
-            end_ids=(*end_ids, *options.stop_token_ids),
+            end_ids=(*self.tokenizer.end_ids, *options.stop_token_ids),
             bad_words=tuple(words),
             pause_V=self._pause(tuple(options.stop)) if options.stop else None,
         )

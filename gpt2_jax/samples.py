@@ -6,7 +6,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.generate import Request, check, generate
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.options import Options
-from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, encode_prompt
+from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, as_trained, encode_prompt
 from gpt2_jax.train_config import EvalConfig
 
 
@@ -15,7 +15,7 @@ def check_sample(cfg: EvalConfig, tokenizer: Tokenizer, model: GPT2Config) -> No
     if not cfg.sample_tokens:
         return
     try:
-        ids = encode_prompt(tokenizer, cfg.sample_prompt)
+        ids = _prompt_ids(cfg, tokenizer)
         request = Request(ids, Options(max_new_tokens=cfg.sample_tokens), (0, 0, 0))
         check(request, model, tokenizer.vocab_size)
     except ValueError as error:
@@ -39,17 +39,25 @@ def sample_text(
     Raises:
       ValueError: as `check_sample`.
     """
-    ids = encode_prompt(tokenizer, cfg.sample_prompt)
+    tokenizer, ids = as_trained(tokenizer), _prompt_ids(cfg, tokenizer)
     [new_ids] = generate(
         model,
         params,
         [ids],
         Options(max_new_tokens=cfg.sample_tokens),
         seed=seed,
-        end_ids=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+        end_ids=tokenizer.end_ids,
         n_valid=tokenizer.vocab_size,
         mesh=mesh,
     )
     if isinstance(tokenizer, NoTokenizer):
         return " ".join(map(str, [*ids, *new_ids]))
     return cfg.sample_prompt + tokenizer.decode(new_ids)
+
+
+def _prompt_ids(cfg: EvalConfig, tokenizer: Tokenizer) -> list[int]:
+    tokenizer = as_trained(tokenizer)
+    is_bare = isinstance(tokenizer, NoTokenizer) and not cfg.sample_prompt
+    if is_bare and tokenizer.eot_id is not None:
+        return [tokenizer.eot_id]
+    return encode_prompt(tokenizer, cfg.sample_prompt)

@@ -25,7 +25,7 @@ from gpt2_jax.detokenize import detokenize
 from gpt2_jax.fields import check_types
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.score import Row, sliding_rows
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, before_text
 
 T = TypeVar("T")
 TARGETS = ("word", "token")
@@ -100,9 +100,7 @@ class Reader:
 
     def text_rows(self, text: str) -> list[Row]:
         """All tokens of a text, the first one after an end of text if there is one."""
-        ids = self.tokenizer.encode(text)
-        if self.tokenizer.eot_id is not None:
-            ids = [self.tokenizer.eot_id, *ids]
+        ids = [*before_text(self.tokenizer), *self.tokenizer.encode(text)]
         stride = self.options.stride
         if stride is None:
             stride = max(1, self.n_positions // 2)
@@ -122,9 +120,10 @@ class Reader:
 
     def cut(self, ids: list[int], n_scored: int) -> Row:
         if n_scored == len(ids):
-            if self.tokenizer.eot_id is None:
+            before = before_text(self.tokenizer)
+            if not before:
                 raise ValueError("nothing comes before what is scored")
-            ids = [self.tokenizer.eot_id, *ids]
+            ids = [*before, *ids]
         if not 0 < n_scored <= self.n_positions:
             raise ValueError(
                 f"{n_scored} tokens to score must be in [1, {self.n_positions}], the "
@@ -215,8 +214,7 @@ def _perplexity(texts: Sequence[str], reader: Reader, of: str) -> Prepared:
         rows = []
     limit, stride = reader.n_positions, reader.options.stride
     stride = max(1, limit // 2) if stride is None else stride
-    has_end = reader.tokenizer.eot_id is not None
-    first = "given end of text" if has_end else "not scored"
+    first = "given end of text" if before_text(reader.tokenizer) else "not scored"
     how = (
         f"{of}, each token once, windows of {limit} tokens that advance by {stride}, "
         f"first token {first}, {reader.how}"

@@ -2,23 +2,34 @@
 
 Every tokenizer decodes through one table, id -> bytes, so decoding is the same
 everywhere: join the bytes, then read them as UTF-8. `encode` never interprets special
-tokens that are written in the text, and `decode(encode(text)) == text` for every text
-that can be written in UTF-8 (for a foreign SentencePiece model: as far as it goes).
+tokens that are written in the text unless it is told to, and `decode(encode(text)) ==
+text` for every text that can be written in UTF-8 (for a foreign SentencePiece model, or
+added tokens that take in white space: as far as it goes).
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from gpt2_jax.added_tokens import SPACE, AddedToken, AddedTokens
 from gpt2_jax.checks import check_choice, check_text, shown, token_ids
-from gpt2_jax.files import user_path
-
-END_OF_TEXT = "<|endoftext|>"
+from gpt2_jax.files import check_regular, parse_json, user_path
+from gpt2_jax.token_roles import (
+    BESIDE,
+    END_OF_TEXT,
+    ROLES,
+    Roles,
+    added_tokens,
+    json_object,
+    leading_ids,
+    read_roles,
+)
 
 
 class Tokenizer(Protocol):
@@ -35,6 +46,18 @@ class Tokenizer(Protocol):
     @property
     def eot_id(self) -> int | None:
         """The end-of-text token, which follows every document; None: nothing does."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """What a text without a beginning of its own begins after; None: nothing."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """A generated text ends before these."""
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What every prompt of text begins with."""
 
     @property
     def unk_id(self) -> int | None:
@@ -73,19 +96,32 @@ def end_of_text(tokenizer: Tokenizer, purpose: str) -> int:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids to go on from: those of a text; of an empty one, the end of text before it.
+    """Ids to go on from: those of a text, or where it is empty, what comes before it.
 
     Raises:
-      ValueError: as `encode`, and on an empty text where there is no end of text.
+      ValueError: as `encode`, and on an empty text where nothing comes before it.
     """
-    if ids := tokenizer.encode(text) if text else []:
-        return ids
-    if tokenizer.eot_id is None:
+    ids = [*tokenizer.begin_ids, *tokenizer.encode(text)]
+    if not (ids or (ids := before_text(tokenizer))):
         raise ValueError(
             "the prompt is empty, and this model has no end of text to begin after: "
             "give a prompt"
         )
-    return [tokenizer.eot_id]
+    return ids
+
+
+def before_text(tokenizer: Tokenizer) -> list[int]:
+    """The token that a text follows where it is scored; may be none."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [*tokenizer.begin_ids[-1:]] or begin
+
+
+def as_trained(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer for a model that was trained here: an end of text stands before and
+    after each document, whatever the files of another model said."""
+    if isinstance(tokenizer, GPT2Tokenizer | NoTokenizer):
+        return tokenizer.as_trained()
+    return tokenizer
 
 
 class _TableTokenizer:
@@ -94,6 +130,18 @@ class _TableTokenizer:
     _table: list[bytes]
     eot_id: int | None = None
     unk_id: int | None = None
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.eot_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return () if self.eot_id is None else (self.eot_id,)
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        return ()
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -196,13 +244,32 @@ class CharTokenizer(_TableTokenizer):
 
 
 class NoTokenizer:
-    """Stands where a model came without one: token ids only, ValueError on text."""
+    """Stands where a model came without one: token ids only, ValueError on text.
+
+    Args:
+      why: there is none.
+      end_ids: by default the end of text, if there is one.
+    """
 
     kind = "none"
     unk_id: int | None = None
+    begin_ids: tuple[int, ...] = ()
 
-    def __init__(self, vocab_size: int, eot_id: int | None, why: str):
+    def __init__(
+        self,
+        vocab_size: int,
+        eot_id: int | None,
+        why: str,
+        end_ids: Sequence[int] | None = None,
+    ):
         self.vocab_size, self.eot_id, self.why = vocab_size, eot_id, why
+        if end_ids is None:
+            end_ids = () if eot_id is None else (eot_id,)
+        self.end_ids = tuple(end_ids)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.eot_id
 
     @property
     def token_bytes(self) -> Sequence[bytes]:
@@ -217,8 +284,30 @@ class NoTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         raise ValueError(f"text needs a tokenizer: {self.why}")
 
+    def as_trained(self) -> "NoTokenizer":
+        ends = {*self.end_ids} | ({self.eot_id} if self.eot_id is not None else set())
+        return NoTokenizer(self.vocab_size, self.eot_id, self.why, sorted(ends))
+
     def files(self) -> dict[str, bytes]:
-        raise ValueError(f"no tokenizer to save: {self.why}")
+        """What is known of the ids; `why` is of this machine and not kept."""
+        known = {"vocab_size": self.vocab_size, "eot_id": self.eot_id}
+        content = json.dumps({**known, "end_ids": self.end_ids})
+        return {IDS: content.encode() + b"\n"}
+
+
+IDS = "ids.json"
+
+
+def _read_ids(content: bytes) -> NoTokenizer:
+    values = json_object(content, IDS)
+    size, eot_id = values.get("vocab_size"), values.get("eot_id")
+    ends = values.get("end_ids")
+    if not isinstance(ends, list) or type(size) is not int:
+        raise ValueError(f"{IDS} is damaged: {shown(values)}")
+    for i in [*ends, *([] if eot_id is None else [eot_id])]:
+        if type(i) is not int or not 0 <= i < size:
+            raise ValueError(f"{IDS}: {shown(i)} is no id of {size}")
+    return NoTokenizer(size, eot_id, "the model was made for token ids alone", ends)
 
 
 # --- GPT-2 ----------------------------------------------------------------------------
@@ -232,12 +321,9 @@ _PRE_TOKEN = (
 )
 # What still backtracks, `\s+(?!\S)`, overflows the engine's stack (and panics) on some
 # 300,000 spaces before a word. All of a run but its last character is one pre-token, so
-# very long runs are cut off here. These are the characters of the engine's \s.
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# very long runs are cut off here.
 _LONG = 10_000
-_LONG_RUN = re.compile(
-    rf"((?<![{_SPACE}])[{_SPACE}]{{{_LONG},}}(?=[{_SPACE}][^{_SPACE}]))"
-)
+_LONG_RUN = re.compile(rf"((?<![{SPACE}])[{SPACE}]{{{_LONG},}}(?=[{SPACE}][^{SPACE}]))")
 
 
 def _cut_long_runs(text: str) -> list[str]:
@@ -267,7 +353,8 @@ class GPT2Tokenizer(_TableTokenizer):
     Args:
       files: `vocab.json` and `merges.txt`, or `encoder.json` and `vocab.bpe`, or
         `tokenizer.json` alone. Ids are those of the vocabulary, in whatever order.
-        Tokens that no merge makes are special: they decode, but are never encoded.
+        Beside them those of `token_roles.BESIDE`, as transformers writes them, and
+        ROLES, which `files` gives where they said anything.
 
     Raises ValueError on files that are damaged, or that describe another tokenizer.
     """
@@ -288,29 +375,30 @@ class GPT2Tokenizer(_TableTokenizer):
                 f"a GPT-2 tokenizer is {_either(self.FORMS)}; given: {sorted(files)}"
             )
         self._files = {name: files[name] for name in form}
-        special: dict[str, int] = {}
         if form == ("tokenizer.json",):
-            vocab, merges, special = _read_tokenizer_json(files[form[0]])
+            read = _read_tokenizer_json(files[form[0]])
         else:
-            vocab = _json(form[0], files[form[0]])
-            merges = _read_merges(form[1], files[form[1]])
-        all_ids = {**vocab, **special}
-        if not all(isinstance(i, int) for i in all_ids.values()):
+            vocab = json_object(files[form[0]], form[0])
+            read = _TokenizerJson(vocab, _read_merges(form[1], files[form[1]]))
+        vocab = read.vocab
+        if not all(type(i) is int for i in vocab.values()):
             raise ValueError(f"{form[0]}: not a table of token -> id")
-        learned = _merged_tokens(vocab, merges)
-        if sorted(all_ids.values()) != list(range(len(all_ids))):
-            raise ValueError(
-                f"{form[0]}: the ids of {len(all_ids)} tokens are not "
-                f"0 .. {len(all_ids) - 1}, each once"
-            )
-        if END_OF_TEXT not in all_ids:
-            raise ValueError(f"{form[0]}: no end-of-text token {END_OF_TEXT}")
-        self.eot_id = all_ids[END_OF_TEXT]
-        self._table = [b""] * len(all_ids)
-        for token, i in all_ids.items():
-            self._table[i] = token.encode()
-        for token in learned:
-            self._table[vocab[token]] = bytes(BYTES[c] for c in token)
+        learned = _merged_tokens(vocab, read.merges)
+        unlisted = [] if read.added is not None else sorted({*vocab} - {*learned})
+        roles = partial(
+            read_roles,
+            vocab,
+            read.added or (),
+            unlisted=unlisted,
+            begin_ids=read.begin_ids,
+            add_prefix_space=read.add_prefix_space,
+        )
+        self.roles = Roles.from_json(files[ROLES]) if ROLES in files else roles(files)
+        if not self.roles.same_effect(roles({})):
+            self._files[ROLES] = self.roles.to_json()
+        self.eot_id = self.roles.eot_id
+        self._table = self._make_table(form[0], vocab, learned)
+        self._added = AddedTokens(self.roles.added)
 
         ranked = np.array([vocab[token] for token in learned])
         identity = bool((ranked == np.arange(len(ranked))).all())
@@ -322,22 +410,100 @@ class GPT2Tokenizer(_TableTokenizer):
             special_tokens={},
         )
 
-    def encode(self, text: str) -> list[int]:
-        _utf8(text)
-        parts = _cut_long_runs(text)
-        ranks = self._bpe.encode_ordinary(parts[0])
-        for part in parts[1:]:
-            ranks += self._bpe.encode_ordinary(part)
-        return ranks if self._id_of_rank is None else self._id_of_rank[ranks].tolist()
+    def _make_table(
+        self, name: str, vocab: Mapping[str, int], learned: Sequence[str]
+    ) -> list[bytes]:
+        """What each id stands for; raises ValueError unless each stands for a token."""
+        tokens = {token.content: token.id for token in self.roles.added}
+        for token, i in vocab.items():
+            if tokens.setdefault(token, i) != i:
+                raise ValueError(f"{name}: {shown(token)} has two ids")
+        size = self.roles.size
+        kept = {token: i for token, i in tokens.items() if i < size}
+        if sorted(kept.values()) != list(range(size)):
+            raise ValueError(
+                f"{name}: the ids of {len(tokens)} tokens are not 0 .. {size - 1}, "
+                "each once"
+            )
+        table = [b""] * size
+        for token, i in kept.items():
+            table[i] = _utf8(token)
+        for token in learned:
+            if vocab[token] >= size:
+                raise ValueError(
+                    f"{name}: {shown(token)}, a piece of text, has the id "
+                    f"{vocab[token]}, and the model has {size} rows"
+                )
+            table[vocab[token]] = bytes(BYTES[c] for c in token)
+        return table
+
+    def within(self, size: int) -> "GPT2Tokenizer":
+        """The same without the tokens whose ids are `size` or more.
+
+        Raises:
+          ValueError: where text is cut into one of them.
+        """
+        return self._with(self.roles.within(size))
+
+    def as_trained(self) -> "GPT2Tokenizer":
+        """The same for a model that was trained here, see `Roles.as_trained`."""
+        return self._with(self.roles.as_trained())
+
+    def _with(self, roles: Roles) -> "GPT2Tokenizer":
+        if roles == self.roles:
+            return self
+        return GPT2Tokenizer({**self._files, ROLES: roles.to_json()})
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.roles.bos_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return self.roles.end_ids
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        return self.roles.begin_ids
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Ids of a text. Tokens that were added are found in it, except special ones.
+
+        Args:
+          parse_special: special tokens too. Whoever wrote the text can then end it,
+            or speak in a role that is not his.
+        """
+        ids: list[int] = []
+        for part in self._parts(text, parse_special):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            ranks = self._bpe.encode_ordinary(part)
+            known = self._id_of_rank
+            ids += ranks if known is None else known[ranks].tolist()
+        return ids
 
     def encode_array(self, text: str) -> np.ndarray:
+        arrays: list[np.ndarray] = [np.zeros(0, np.int64)]
+        for part in self._parts(text, parse_special=False):
+            if isinstance(part, int):
+                arrays.append(np.array([part]))
+                continue
+            ranks = self._bpe.encode_to_numpy(part, disallowed_special=())
+            known = self._id_of_rank
+            arrays.append(ranks if known is None else known[ranks])
+        return arrays[1] if len(arrays) == 2 else np.concatenate(arrays)
+
+    def _parts(self, text: str, parse_special: bool) -> Iterator[str | int]:
+        """Ids of added tokens, and texts that can each be encoded on its own."""
         _utf8(text)
-        parts = [
-            self._bpe.encode_to_numpy(part, disallowed_special=())
-            for part in _cut_long_runs(text)
-        ]
-        ranks = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return ranks if self._id_of_rank is None else self._id_of_rank[ranks]
+        for part in self._added.split(text, parse_special=parse_special):
+            if isinstance(part, int):
+                yield part
+                continue
+            if self.roles.add_prefix_space and not part.startswith(" "):
+                part = f" {part}"
+            yield from _cut_long_runs(part)
 
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
@@ -345,16 +511,6 @@ class GPT2Tokenizer(_TableTokenizer):
 
 def _either(forms: Iterable[Iterable[str]]) -> str:
     return ", or ".join(" + ".join(form) for form in forms)
-
-
-def _json(name: str, content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{name}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: not a JSON object")
-    return value
 
 
 def _read_merges(name: str, content: bytes) -> list[tuple[str, ...]]:
@@ -368,22 +524,31 @@ def _read_merges(name: str, content: bytes) -> list[tuple[str, ...]]:
     return [tuple(line.split(" ")) for line in lines if line]
 
 
-def _read_tokenizer_json(
-    content: bytes,
-) -> tuple[dict[str, int], list[tuple[str, ...]], dict[str, int]]:
-    """(vocabulary, merges, added tokens); refuses by name what is not GPT-2's BPE."""
-    data = _json("tokenizer.json", content)
+class _TokenizerJson(NamedTuple):
+    """A vocabulary as tokenizer.json has it."""
+
+    vocab: dict[str, int]
+    merges: list[tuple[str, ...]]
+    added: Sequence[AddedToken] | None = None  # None: it does not say which
+    begin_ids: tuple[int, ...] = ()
+    add_prefix_space: bool = False
+
+
+def _read_tokenizer_json(content: bytes) -> _TokenizerJson:
+    """What is there; refuses by name what cuts text otherwise than GPT-2's BPE."""
+    name = "tokenizer.json"
+    data = json_object(content, name)
 
     def demand(what: str, value: object, allowed: tuple[object, ...]) -> None:
         if value not in allowed:
             raise ValueError(
-                f"tokenizer.json is not GPT-2's byte-level BPE: {what} is {value!r}"
+                f"{name} is not GPT-2's byte-level BPE: {what} is {shown(value)}"
             )
 
-    def part(name: str) -> dict[str, Any]:
-        value = data.get(name) or {}
+    def part(key: str) -> dict[str, Any]:
+        value = data.get(key) or {}
         if not isinstance(value, dict):
-            raise ValueError(f"tokenizer.json is damaged: {name} is {value!r}")
+            raise ValueError(f"{name} is damaged: {key} is {shown(value)}")
         return value
 
     model, pre_tokenizer = part("model"), part("pre_tokenizer")
@@ -400,18 +565,20 @@ def _read_tokenizer_json(
         demand(f"model.{key}", model.get(key), (None, False, "", 0))
     demand("normalizer", part("normalizer").get("type"), (None,))
     demand("pre_tokenizer", pre_tokenizer.get("type"), ("ByteLevel",))
-    demand("add_prefix_space", pre_tokenizer.get("add_prefix_space", True), (False,))
+    prefix = pre_tokenizer.get("add_prefix_space", True)
+    demand("add_prefix_space", prefix, (False, True))
     demand("use_regex", pre_tokenizer.get("use_regex", True), (True,))
-    for name in ("post_processor", "decoder"):
-        demand(name, part(name).get("type"), (None, "ByteLevel"))
-    try:
-        merges = [
-            tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]
-        ]
-        special = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
-        return dict(model["vocab"]), merges, special
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"tokenizer.json is damaged: {error!r}") from None
+    demand("decoder", part("decoder").get("type"), (None, "ByteLevel"))
+    merges, vocab = model.get("merges"), model.get("vocab")
+    if not isinstance(merges, list) or not isinstance(vocab, dict):
+        raise ValueError(f"{name} is damaged: no vocabulary with merges")
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    for pair in pairs:
+        if not isinstance(pair, list) or not all(isinstance(x, str) for x in pair):
+            raise ValueError(f"{name} is damaged: {shown(pair)} is no merge")
+    added = [*added_tokens(data.get("added_tokens") or [], name)]
+    begin = leading_ids(part("post_processor"), name)
+    return _TokenizerJson(vocab, [*map(tuple, pairs)], added, begin, prefix is True)
 
 
 def _merged_tokens(
@@ -721,6 +888,8 @@ def tokenizer_from_files(kind: str, files: Mapping[str, bytes]) -> Tokenizer:
         return GPT2Tokenizer(files)
     if kind == SentencePieceTokenizer.kind:
         return SentencePieceTokenizer(_one(files, "tokenizer.model"))
+    if kind == NoTokenizer.kind:
+        return _read_ids(_one(files, IDS))
     raise ValueError(
         f"unknown tokenizer kind {kind!r}: not bytes, char, gpt2 or sentencepiece"
     )
@@ -733,10 +902,7 @@ def _one(files: Mapping[str, bytes], name: str) -> bytes:
 
 
 def _read_characters(content: bytes) -> CharTokenizer:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"characters.json: not JSON ({error})") from None
+    value = parse_json(content, "characters.json")
     if isinstance(value, str):
         return CharTokenizer(value)
     if isinstance(value, dict) and isinstance(value.get("characters"), str):
@@ -746,10 +912,12 @@ def _read_characters(content: bytes) -> CharTokenizer:
     raise ValueError("characters.json: not a JSON string")
 
 
+MOST_BYTES = 1 << 28  # of a file
 _SINGLE = {
     "bytes.json": ByteTokenizer.kind,
     "characters.json": CharTokenizer.kind,
     "tokenizer.json": GPT2Tokenizer.kind,
+    IDS: NoTokenizer.kind,
 }
 
 
@@ -757,27 +925,36 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder, or of a file given directly.
 
     Looked for, in this order: `*.model` (SentencePiece, just one), `bytes.json`,
-    `characters.json`, `tokenizer.json`, `vocab.json` + `merges.txt`, `encoder.json` +
-    `vocab.bpe`. One file of a pair stands for both.
+    `characters.json`, `tokenizer.json`, `ids.json` (of a model without tokenizer),
+    `vocab.json` + `merges.txt`, `encoder.json` + `vocab.bpe`. One file of a pair stands
+    for both. What the files of `token_roles.BESIDE` say of a GPT-2's tokens counts.
 
     Raises FileNotFoundError that says what was looked for; ValueError as
     `tokenizer_from_files` does, with the path in front.
     """
     path = user_path(path)
     if path.is_dir():
-        kind, names = _find_in(path)
-        files = {name: (path / name).read_bytes() for name in names}
-    elif path.is_file():
-        kind, names = _of_file(path)
-        files = {name: path.with_name(name).read_bytes() for name in names}
+        folder, (kind, names) = path, _find_in(path)
+    elif path.exists():
+        folder, (kind, names) = path.parent, _of_file(path)
     else:
         raise FileNotFoundError(f"no tokenizer: {path} does not exist")
+    if kind == GPT2Tokenizer.kind:
+        names += tuple(n for n in (*BESIDE, ROLES) if (folder / n).is_file())
+    files = {name: _read(folder / name) for name in names}
     if kind == SentencePieceTokenizer.kind:
         files = {"tokenizer.model": files[names[0]]}
     try:
         return tokenizer_from_files(kind, files)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    check_regular(path)
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than {MOST_BYTES:,}")
+    return path.read_bytes()
 
 
 def _find_in(folder: Path) -> tuple[str, tuple[str, ...]]:

@@ -71,6 +71,8 @@ HOUSE = [
     "interop.params",
     "interop.tensors",
     "tokenizer",
+    "token_roles",
+    "added_tokens",
     "optim",
     "metrics",
     "records",

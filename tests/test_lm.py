@@ -226,8 +226,16 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(lm):
     for options in ({"stop": "x"}, {"bad_words": ["x"]}):
         with pytest.raises(ValueError, match=r"needs a tokenizer.*none here"):
             bare.generate([1], **options)
-    with pytest.raises(ValueError, match="needs a tokenizer"):
-        bare.stream([1], max_new_tokens=5)
+    ids = bare.generate([1], max_new_tokens=5, seed=0)
+    assert list(bare.stream([1], max_new_tokens=5, seed=0)) == ids
+    [many] = bare.generate_many([[1]], max_new_tokens=5, seed=0)
+    assert (many.token_ids, many.text) == (ids, None)
+    assert len(bare.generate([1], max_new_tokens=4, num_beams=2)) == 4
+    with pytest.raises(ValueError, match=r"needs a tokenizer.*none here"):
+        bare.stream("text", max_new_tokens=5)
+    ended = LanguageModel(lm.model, lm.params, NoTokenizer(264, 9, "none"), step=0)
+    with pytest.raises(ValueError, match="text needs a tokenizer"):
+        ended.generate("", max_new_tokens=5)  # it could begin, but not be written
 
 
 def test_logits(lm):
@@ -263,7 +271,7 @@ def test_bad_ids_are_refused(lm, ids, message):
         ([], {}, "the prompt is empty"),
         (["a", 1], {}, "a prompt is text, a list of ids, or a list of such"),
         ([[1], "a"], {}, "a prompt is text, a list of ids, or a list of such"),
-        ([260], {}, "token id 260 is outside"),
+        ([264], {}, "token id 264 is outside"),
         ("a" * 60, {"max_new_tokens": 5}, "exceeds n_positions=64"),
         ("a", {"temperature": -1}, "temperature=-1"),
         ("a", {"top_p": 2}, "top_p=2"),

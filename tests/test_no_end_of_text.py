@@ -99,7 +99,7 @@ def test_samples_of_a_run_go_on(lm):
     check_sample(EVAL, ended, lm.config)
     for sample, tokenizer, message in (
         (EVAL, CHARS, "sample_tokens=12, eval.sample_prompt='': the prompt is empty"),
-        (EVAL, none, "the prompt is empty, and this model has no end of text"),
+        (EVAL, none, "text needs a tokenizer, give token ids: no file"),
         (cfg, none, "text needs a tokenizer, give token ids: no file"),
         (EvalConfig(**{**vars(cfg), "sample_tokens": 62}), CHARS, "n_positions=64"),
         (EvalConfig(**{**vars(cfg), "sample_prompt": "T"}), CHARS, "'T' .* position 0"),

@@ -353,7 +353,7 @@ def test_three_forms_of_files_give_the_same_ids(gpt2_files):
 def test_added_tokens_extend_the_vocabulary(gpt2_files):
     vocab, merges = gpt2_files.values()
     size = len(json.loads(vocab))
-    added = [{"id": size, "content": "<|ä b|>"}]
+    added = [{"id": size, "content": "<|ä b|>", "special": True}]
     content = tokenizer_json(vocab, merges, added_tokens=added)
     tokenizer = GPT2Tokenizer({"tokenizer.json": content})
     assert tokenizer.vocab_size == size + 1
@@ -402,12 +402,14 @@ def test_cut_runs_give_the_same_ids(real: Tokenizer, monkeypatch: pytest.MonkeyP
         ({"normalizer": {"type": "NFC"}}, "normalizer is 'NFC'"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer is 'Metaspace'"),
         ({"pre_tokenizer": None}, "pre_tokenizer is None"),
-        ({"pre_tokenizer": {"type": "ByteLevel"}}, "add_prefix_space is True"),
-        ({"post_processor": {"type": "TemplateProcessing"}}, "post_processor is 'Tem"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "use_regex is"),
+        ({"post_processor": {"type": "Mine"}}, "post_processor is 'Mine'"),
+        ({"post_processor": {"type": "BertProcessing"}}, "post_processor is damaged"),
         ({"model_merges": None}, "damaged"),
         ({"model": []}, "model.type is None"),
         ({"model": 3}, "damaged: model is 3"),
-        ({"added_tokens": [{"id": 9999, "content": "x"}]}, "ids of 355 tokens are not"),
+        ({"added_tokens": [{"id": 9999, "content": "x!"}]}, "ids of 356 tokens are"),
+        ({"added_tokens": [{"id": 9999, "content": "x"}]}, "'x' has two ids"),
     ],
 )
 def test_other_tokenizer_json_is_refused(gpt2_files, change: dict, message: str):
@@ -439,7 +441,9 @@ def test_damaged_gpt2_files_are_refused(gpt2_files):
     refuse("merges.txt: not UTF-8 at byte 2", merges=b"a \xff\n")
     no_end = {k: v for k, v in table.items() if k != "<|endoftext|>"}
     low = sorted(no_end, key=no_end.__getitem__)
-    refuse("no end-of-text token", vocab={k: i for i, k in enumerate(low)})
+    content = json.dumps({k: i for i, k in enumerate(low)}).encode()
+    without = GPT2Tokenizer({"vocab.json": content, "merges.txt": merges})
+    assert (without.eot_id, without.end_ids) == (None, ())
     with pytest.raises(ValueError, match=r"given: \['merges.txt'\]"):
         GPT2Tokenizer({"merges.txt": merges})
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import Contract
-from gpt2_jax.checks import check_choice, check_text, integer
+from gpt2_jax.checks import check_choice, check_text, integer, one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import user_path
 from gpt2_jax.integrity import params_hash
@@ -24,7 +24,13 @@ from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.lora import LoraConfig, init_adapters, merged
 from gpt2_jax.model import Params, abstract_params, dtype_named
 from gpt2_jax.sharding import on_device
-from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
+from gpt2_jax.tokenizer import (
+    GPT2Tokenizer,
+    NoTokenizer,
+    Tokenizer,
+    as_trained,
+    load_tokenizer,
+)
 
 EXPECTED = (
     "a run's folder, a Hugging Face folder or hub name, an OpenAI checkpoint folder, a "
@@ -41,6 +47,10 @@ class Source:
       load: (dtype, tree of shardings) -> parameters, one tensor at a time.
       step: of a run's checkpoint; None for others.
       summary: of its training, where that is known.
+      n_rows: of the embedding, those that had a part in the training; further ones are
+        padding, which another program would draw.
+      settings: name -> content, of a Hugging Face folder's files that say more of
+        tokens and generation than is used here.
     """
 
     config: GPT2Config
@@ -48,6 +58,8 @@ class Source:
     load: Callable[[Any, Any], Params]
     step: int | None = None
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    n_rows: int | None = None
+    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def open_model(
@@ -76,7 +88,7 @@ def open_model(
     if llmc.is_llmc_file(path):
         return _foreign(path, *llmc.read(path), _tokenizer_beside(path.parent))
     if path.suffix == ".pt" and path.is_file():
-        tokenizer = nanogpt.tokenizer_beside(path) or _tokenizer_beside(path.parent)
+        tokenizer = _tokenizer_beside(path.parent, of_nanogpt=True)
         return _foreign(path, *nanogpt.read(path), tokenizer)
     raise ValueError(f"{path} is no model: expected {EXPECTED}")
 
@@ -97,8 +109,15 @@ def _run(path: Path, step: int | str | None) -> Source:
     for name in ("steps", "batch_size", "block_size", "dtype", "optim"):
         if name in contract.run:
             summary[name] = contract.run[name]
+    was_trained = bool(contract.run)  # and not converted from another format
+    tokenizer = contract.tokenizer
     return Source(
-        contract.model, contract.tokenizer, load, contract.step, summary=summary
+        contract.model,
+        as_trained(tokenizer) if was_trained else tokenizer,
+        load,
+        contract.step,
+        summary=summary,
+        n_rows=tokenizer.vocab_size if was_trained else None,
     )
 
 
@@ -150,30 +169,42 @@ def load_base(said: Mapping[str, Any], shardings: Any, what: str) -> Params:
 def _foreign(
     path: Path, cfg: GPT2Config, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> Source:
-    if isinstance(tokenizer, NoTokenizer):
-        eot_id = hf.eot_id_of(path)
-        if eot_id not in range(cfg.vocab_size):
-            eot_id = None
-        tokenizer = NoTokenizer(cfg.vocab_size, eot_id, tokenizer.why)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
-            f"{cfg.vocab_size}"
-        )
-
+    tokenizer = _fitted(tokenizer, cfg, path)
     check_tensors(cfg, tensors, path)
 
     def load(dtype: Any, shardings: Any) -> Params:
         return load_params(cfg, tensors, dtype=dtype, shardings=shardings, where=path)
 
-    return Source(cfg, tokenizer, load)
+    folder = path if path.is_dir() else path.parent
+    return Source(cfg, tokenizer, load, settings=hf.settings_in(folder))
 
 
-def _tokenizer_beside(folder: Path) -> Tokenizer:
+def _tokenizer_beside(folder: Path, *, of_nanogpt: bool = False) -> Tokenizer:
+    """The tokenizer in a folder; one that can't be read forbids text, not the model."""
     try:
-        return load_tokenizer(folder)
-    except FileNotFoundError as error:
-        return NoTokenizer(0, None, str(error))
+        table = nanogpt.tokenizer_beside(folder / "ckpt.pt") if of_nanogpt else None
+        return table or load_tokenizer(folder)
+    except (ValueError, OSError, ImportError) as error:
+        return NoTokenizer(0, None, one_line(error))
+
+
+def _fitted(tokenizer: Tokenizer, cfg: GPT2Config, path: Path) -> Tokenizer:
+    """The tokenizer as far as the model has rows for its ids."""
+    rows = cfg.vocab_size
+    if tokenizer.vocab_size > rows:
+        n = tokenizer.vocab_size
+        why = f"{path}: the tokenizer has {n} ids, the model only {rows}"
+        try:
+            if isinstance(tokenizer, GPT2Tokenizer):
+                return tokenizer.within(rows)
+        except ValueError as error:
+            why = one_line(f"{path}: {error}")
+        tokenizer = NoTokenizer(rows, None, why)
+    if isinstance(tokenizer, NoTokenizer):
+        ends = hf.end_ids_of(path if path.is_dir() else path.parent)
+        ends = tuple(i for i in ends if i < rows)
+        return NoTokenizer(rows, next(iter(ends), None), tokenizer.why, ends)
+    return tokenizer
 
 
 def convert(
@@ -213,22 +244,26 @@ def convert(
     source = open_model(model, step=step, revision=revision)
     places = on_device(abstract_params(source.config), jax.devices("cpu")[0])
     params = source.load(jnp.float32, places)
+    cfg = source.config
+    if to != "orbax" and source.n_rows is not None:
+        cfg = dataclasses.replace(cfg, vocab_size=source.n_rows)
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         if to == "llmc":
-            llmc.write(partial, source.config, params, dtype=dtype)
+            llmc.write(partial, cfg, params, dtype=dtype)
         else:
             partial.mkdir()
         if to in ("hf", "safetensors"):
             hf.write(
                 partial,
-                source.config,
+                cfg,
                 params,
                 source.tokenizer if to == "hf" else _no_tokenizer(source),
                 dtype=dtype,
                 max_shard_bytes=max_shard_bytes,
                 summary=source.summary,
+                settings=source.settings,
             )
         if to == "orbax":
             _write_orbax(partial, source, params)
@@ -240,8 +275,8 @@ def convert(
 
 
 def _no_tokenizer(source: Source) -> NoTokenizer:
-    cfg, tokenizer = source.config, source.tokenizer
-    return NoTokenizer(cfg.vocab_size, tokenizer.eot_id, "only weights were written")
+    rows, of = source.config.vocab_size, source.tokenizer
+    return NoTokenizer(rows, of.eot_id, "only weights were written", of.end_ids)
 
 
 def _write_orbax(folder: Path, source: Source, params: Params) -> None:

@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json with safetensors or pytorch_model.bin."""
 
-import dataclasses
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +16,13 @@ from gpt2_jax.interop.params import matrices
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.interop.torch_file import read_torch_file
 from gpt2_jax.model import Params
+from gpt2_jax.token_roles import (
+    CONFIG,
+    GENERATION,
+    ROLES,
+    TOKENIZER_CONFIG,
+    ids_of_model,
+)
 from gpt2_jax.tokenizer import (
     BLANK,
     BYTES,
@@ -112,11 +119,26 @@ def download(name: str, revision: str | None = None) -> Path:
     return folder
 
 
-def eot_id_of(folder: Path) -> int | None:
-    """The end-of-text id that config.json names; None where there is none."""
-    path = folder / "config.json"
-    value = _json_object(path).get("eos_token_id", 50256) if path.is_file() else None
-    return value if type(value) is int else None
+def settings_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a folder says of tokens and generation, for `write` to keep."""
+    found = {}
+    for name in (CONFIG, TOKENIZER_CONFIG, GENERATION):
+        with contextlib.suppress(ValueError, OSError):
+            found[name] = _json_object(folder / name)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config = found.pop(CONFIG, {})
+    return {**found, CONFIG: {key: config[key] for key in names if key in config}}
+
+
+def end_ids_of(folder: Path) -> tuple[int, ...]:
+    """What ends a text, as far as the folder of a model without a tokenizer says it."""
+    said: dict[str, dict[str, Any]] = {}
+    for name in (CONFIG, GENERATION):
+        with contextlib.suppress(ValueError, OSError):
+            said[name] = _json_object(folder / name)
+    with contextlib.suppress(ValueError):
+        return ids_of_model(said.get(CONFIG), said.get(GENERATION))[0]
+    return ()
 
 
 def read(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
@@ -296,45 +318,53 @@ def write(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
     summary: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a folder that transformers loads as it is.
 
-    Rows of the vocabulary that only pad it are left out; biases that a model doesn't
-    have are written as zeros, the same function.
+    Biases that a model doesn't have are written as zeros, the same function.
 
     Args:
       folder: an empty one.
+      cfg: of the embedding, its vocab_size first rows are written.
       tokenizer: a NoTokenizer writes none.
       dtype: float32 or bfloat16, of the file.
       max_shard_bytes: more than this is split into several files.
       summary: what the model card shall say of the training.
+      settings: as of `settings_in`; what is known here of tokens goes before.
 
     Raises:
       ValueError: on a tokenizer that the format can't hold, naming it.
     """
-    has_tokenizer = not isinstance(tokenizer, NoTokenizer)
-    vocab_size = tokenizer.vocab_size if has_tokenizer else cfg.vocab_size
-    files = tokenizer_files(tokenizer, cfg.n_positions) if has_tokenizer else {}
-    cfg = dataclasses.replace(cfg, vocab_size=vocab_size)
+    said = settings or {}
+    files: dict[str, bytes] = {}
+    if not isinstance(tokenizer, NoTokenizer):
+        kept = said.get(TOKENIZER_CONFIG, {})
+        files = tokenizer_files(tokenizer, cfg.n_positions, kept)
+    if said.get(GENERATION):
+        files[GENERATION] = _json(said[GENERATION])
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    values = config_values(cfg, tokenizer.eot_id, dtype)
-    (folder / "config.json").write_text(
-        json.dumps(values, indent=2) + "\n", encoding="utf-8"
-    )
+    values = {**config_values(cfg, tokenizer, dtype), **said.get(CONFIG, {})}
+    (folder / CONFIG).write_bytes(_json(values))
     (folder / "README.md").write_text(model_card(cfg, summary or {}), encoding="utf-8")
     write_safetensors(folder, state_dict(cfg, params, np.dtype(dtype)), max_shard_bytes)
 
 
-def config_values(cfg: GPT2Config, eot_id: int | None, dtype: str) -> dict[str, Any]:
+def _json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, indent=2).encode() + b"\n"
+
+
+def config_values(cfg: GPT2Config, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """The content of a config.json."""
+    ends = tokenizer.end_ids
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{name: getattr(cfg, name) for name in FIELDS},
         "tie_word_embeddings": True,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else [*ends] or None,
         "dtype": dtype,
     }
 
@@ -390,30 +420,61 @@ def write_safetensors(
     )
 
 
-def tokenizer_files(tokenizer: Tokenizer, n_positions: int) -> dict[str, bytes]:
+def tokenizer_files(
+    tokenizer: Tokenizer, n_positions: int, settings: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
     """The files by which transformers knows a tokenizer, and our own where they differ.
+
+    Args:
+      settings: a tokenizer_config.json to begin with.
 
     Raises:
       ValueError: on one that its formats can't hold.
     """
+    values: dict[str, Any] = {
+        "model_max_length": n_positions,
+        "clean_up_tokenization_spaces": False,
+        **(settings or {}),
+    }
+    values.pop("auto_map", None)  # code of the folder that it came from
     if isinstance(tokenizer, GPT2Tokenizer):
         files = tokenizer.files()
+        files.pop(ROLES, None)  # tokenizer_config.json says it
         for old, new in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
             if old in files:
                 files[new] = files.pop(old)
+        values = {**_names(tokenizer), **values, **_role_settings(tokenizer)}
     else:
         content = json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False)
         files = {**tokenizer.files(), "tokenizer.json": content.encode()}
+        if tokenizer.eot_id is not None:
+            values |= dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     one_file = "tokenizer.json" in files
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast" if one_file else "GPT2Tokenizer",
-        "model_max_length": n_positions,
-        "clean_up_tokenization_spaces": False,
+    values.setdefault(
+        "tokenizer_class", "PreTrainedTokenizerFast" if one_file else "GPT2Tokenizer"
+    )
+    return {**files, TOKENIZER_CONFIG: _json(values)}
+
+
+def _role_settings(tokenizer: GPT2Tokenizer) -> dict[str, Any]:
+    """The roles of a tokenizer's tokens, as tokenizer_config.json has them."""
+    roles = tokenizer.roles
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    values: dict[str, Any] = {
+        "add_prefix_space": roles.add_prefix_space,
+        "added_tokens_decoder": {
+            str(t.id): {flag: getattr(t, flag) for flag in flags} for t in roles.added
+        },
     }
-    if tokenizer.eot_id is not None:
-        settings |= dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-    content = json.dumps(settings, indent=2) + "\n"
-    return {**files, "tokenizer_config.json": content.encode()}
+    if roles.begin_ids in ((), (roles.bos_id,)):
+        values["add_bos_token"] = bool(roles.begin_ids)
+    return values
+
+
+def _names(tokenizer: GPT2Tokenizer) -> dict[str, str]:
+    """How the tokens that begin and end a text are written."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eot_id}
+    return {k: tokenizer.decode([i]) for k, i in ids.items() if i is not None}
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def write(path: Path, cfg: GPT2Config, params: Params, *, dtype: str) -> None:
             for i in range(count):
                 x = arrays[name.format(i)]
                 if name == "wte/embedding":
+                    x = x[: cfg.vocab_size]
                     x = np.pad(x, ((0, padded - cfg.vocab_size), (0, 0)))
                 elif name.endswith("/kernel"):
                     x = x.T
