@@ -42,7 +42,8 @@ print(json.dumps({
 
 def write(folder: Path, size: str, dtype: str) -> None:
     from gpt2_jax.config import GPT2Config
-    from gpt2_jax.interop.hf import config_values, their_name, write_safetensors
+    from gpt2_jax.interop.hf import config_values, write_safetensors
+    from gpt2_jax.interop.names import their_name
     from gpt2_jax.interop.params import matrix_shapes
 
     cfg = GPT2Config.named(size)

@@ -1,17 +1,22 @@
 """Files that somebody else wrote: which are taken, and JSON in them."""
 
+import errno
 import json
 import os
 import re
 import stat
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax.budget import Budget
 from gpt2_jax.checks import one_line, shown
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_LARGE = 1 << 30
+_EXTENTS = 1000  # parts of a file that are looked at for holes
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -65,13 +70,19 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something that stands for a file, be it a link to nothing."""
+    return os.path.lexists(path) and not path.is_dir()
+
+
 def check_regular(path: Path) -> None:
     """Raises unless `path` is a file that holds what it stands for.
 
     Raises:
       FileNotFoundError, IsADirectoryError: as `open` does.
-      ValueError: on a device, FIFO or socket, which may never end, and on a pointer
-        that Git LFS left in the place of a file.
+      ValueError: on a device, FIFO or socket, which may never end; on a pointer that
+        Git LFS left in the place of a file; and on a large file of which hardly
+        anything was ever written.
     """
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
@@ -86,23 +97,64 @@ def check_regular(path: Path) -> None:
                     f"{path} is a pointer of Git LFS, not the file itself: "
                     "`git lfs pull` fetches it"
                 )
+    if status.st_size >= _LARGE and _is_sparse(path, status.st_size):
+        raise ValueError(
+            f"{path} is sparse: hardly any of its {status.st_size:,} bytes were written"
+        )
 
 
-def parse_json(data: bytes | str, where: object) -> Any:
+def _is_sparse(path: Path, size: int) -> bool:
+    """Whether under an eighth of the file is more than a hole.
+
+    The file system says where data lie (lseek's SEEK_DATA), so that compression makes
+    no difference, as it would to the number of blocks. One that doesn't keep track of
+    holes says that all is data.
+    """
+    data = end = 0
+    with path.open("rb") as file:
+        for _ in range(_EXTENTS):
+            try:
+                begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # not supported: nothing is known
+                    return False
+                end = size  # no data from there on
+            else:
+                data += end - begin
+            if end >= size:
+                break
+    return data < end // 8
+
+
+def parse_json(
+    data: bytes | str, where: object, *, budget: Budget | None = None
+) -> Any:
     """The value of a JSON text; a byte order mark is no part of it.
 
     Args:
       where: what the text is, for errors: a file, or a line of one.
+      budget: of the file that it is a part of; None: of the text itself.
 
     Raises:
-      ValueError: naming `where`, on what is not UTF-8, not JSON or nested too deep.
+      ValueError: naming `where`, on what is not UTF-8, not JSON or nested too deep, or
+        takes more than the budget.
     """
+    if budget is None:
+        budget = Budget(len(data))
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        return json.loads(text.removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise ValueError(f"{where}: not UTF-8 ({reason})") from None
+    try:
+        # A container, item or pair takes under 88 bytes and is begun by one of these.
+        items = sum(map(text.count, "[{,:"))
+        budget.draw(len(data) + 2 * sys.getsizeof(text) + 88 * items)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    try:
+        return json.loads(text.removeprefix("\ufeff"))
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({one_line(error, 100)})") from None
     except RecursionError:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.interop.hf import our_path
+from gpt2_jax.interop.names import our_path
 from gpt2_jax.interop.params import load_params
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.model import GPT2, Params

@@ -116,11 +116,12 @@ def write_hf(folder: Path, state: State | None = None, **config: Any) -> Path:
     return folder
 
 
-def write_sharded(folder: Path) -> Path:
+def write_sharded(folder: Path, state: State | None = None) -> Path:
     """As `write_hf`, in two files and an index."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(HF_CONFIG))
-    items, weight_map = sorted(hf_state().items()), {}
+    items = sorted((hf_state() if state is None else state).items())
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((items[:10], items[10:])):
         name = f"model-{i + 1:05}-of-00002.safetensors"
         save_file(dict(part), folder / name)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.interop.hf import their_name
+from gpt2_jax.interop.names import their_name
 from gpt2_jax.interop.params import matrices
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2

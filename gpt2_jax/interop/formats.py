@@ -16,11 +16,13 @@ from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import Contract
 from gpt2_jax.checks import check_choice, check_text, integer, one_line
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import user_path
+from gpt2_jax.files import check_regular, is_there, user_path
 from gpt2_jax.integrity import params_hash
 from gpt2_jax.interop import hf, llmc, nanogpt, openai_tf
 from gpt2_jax.interop.params import check_tensors, load_params
+from gpt2_jax.interop.safetensors_file import SUFFIX, is_safetensors
 from gpt2_jax.interop.tensors import Tensor
+from gpt2_jax.interop.torch_file import is_torch_file, read_torch_file
 from gpt2_jax.lora import LoraConfig, init_adapters, merged
 from gpt2_jax.model import Params, abstract_params, dtype_named
 from gpt2_jax.sharding import on_device
@@ -34,7 +36,7 @@ from gpt2_jax.tokenizer import (
 
 EXPECTED = (
     "a run's folder, a Hugging Face folder or hub name, an OpenAI checkpoint folder, a "
-    "nanoGPT ckpt.pt or an llm.c .bin"
+    "nanoGPT ckpt.pt, an llm.c .bin, or a file of weights with config.json beside it"
 )
 FORMATS = ("hf", "safetensors", "llmc", "orbax")  # that `convert` writes
 
@@ -65,32 +67,100 @@ class Source:
 def open_model(
     model: str | Path, *, step: int | str | None = None, revision: str | None = None
 ) -> Source:
-    """Finds out what `model` is; arguments and errors as of `lm.load`."""
+    """Finds out what `model` is; arguments and errors as of `lm.load`.
+
+    What stands in a folder decides, so that a folder of another program may lie beside
+    a model's files. A folder with two models in it is refused.
+    """
     if revision is not None:
         check_text("revision", revision)
     path = user_path(model)
-    parts = ("checkpoints", "metrics.jsonl", "meta")
-    if step is not None or any((path / part).exists() for part in parts):
-        return _run(path, step)
-    if not path.exists() and hf.is_hub_name(str(model)):
+    if not path.exists() and openai_tf.index_of(path):
+        return _openai(path.parent, openai_tf.index_of(path))
+    if not os.path.lexists(path) and step is None and hf.is_hub_name(str(model)):
         path = hf.download(str(model), revision)
-    elif not path.exists():
+    if not path.is_dir():
+        return _file(path, step)
+    kinds = {name: opens for name, (holds, opens) in _FOLDERS.items() if holds(path)}
+    if step is not None:  # which the other formats don't have
+        kinds = {name: kinds[name] for name in (_RUN, _TF) if name in kinds}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{path} holds {' and '.join(kinds)}: name a file in it, or a step's folder"
+        )
+    for opens in kinds.values():
+        return opens(path, step)
+    if step is not None or any((path / part).exists() for part in _PARTS_OF_A_RUN):
+        return _run(path, step)  # whose error says what is missing
+    raise FileNotFoundError(f"{path} holds no model: expected {EXPECTED}")
+
+
+_RUN, _TF = "a run's checkpoints", "an OpenAI checkpoint"
+_PARTS_OF_A_RUN = ("checkpoints", "metrics.jsonl", "meta")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether there are steps in it, or it is one."""
+    steps = folder / "checkpoints"
+    if steps.is_dir() and any(p.name.isdecimal() for p in steps.iterdir()):
+        return True
+    return all((folder / part).is_dir() for part in ("meta", "tokenizer"))
+
+
+def _openai(folder: Path, step: int | str | Path | None) -> Source:
+    return _foreign(folder, *openai_tf.read(folder, step), _tokenizer_beside(folder))
+
+
+# What a folder may hold, how that is known, and what opens it.
+_FOLDERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, Any], Source]]] = {
+    _RUN: (_is_run, lambda path, step: _run(path, step)),
+    "a Hugging Face model": (
+        hf.is_hf_folder,
+        lambda path, _: _foreign(path, *hf.read(path), _tokenizer_beside(path)),
+    ),
+    _TF: (openai_tf.is_tf_folder, _openai),
+    "a nanoGPT checkpoint": (
+        lambda path: is_there(path / "ckpt.pt"),
+        lambda path, _: _file(path / "ckpt.pt", None),
+    ),
+}
+
+
+def _file(path: Path, step: int | str | None) -> Source:
+    """A model whose file of weights was named."""
+    if step is not None:
+        raise FileNotFoundError(f"no checkpoint in {path}: no folder")
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_dir():
-        if hf.is_hf_folder(path):
-            return _foreign(path, *hf.read(path), _tokenizer_beside(path))
-        if openai_tf.is_tf_folder(path):
-            return _foreign(path, *openai_tf.read(path), _tokenizer_beside(path))
-        if (path / "ckpt.pt").is_file():
-            path = path / "ckpt.pt"
-        else:
-            raise FileNotFoundError(f"{path} holds no model: expected {EXPECTED}")
+    check_regular(path)
+    if path.is_symlink() and not is_there(path.with_name("config.json")):
+        path = path.resolve()  # what belongs to it lies there
+    folder = path.parent
+    if path.name.endswith(openai_tf.INDEX) and is_there(folder / openai_tf.HPARAMS):
+        return _openai(folder, path)
     if llmc.is_llmc_file(path):
-        return _foreign(path, *llmc.read(path), _tokenizer_beside(path.parent))
-    if path.suffix == ".pt" and path.is_file():
-        tokenizer = _tokenizer_beside(path.parent, of_nanogpt=True)
-        return _foreign(path, *nanogpt.read(path), tokenizer)
-    raise ValueError(f"{path} is no model: expected {EXPECTED}")
+        return _foreign(path, *llmc.read(path), _tokenizer_beside(folder))
+    suffix = path.suffix.lower()
+    if path.name.endswith(hf.INDEX) or suffix == SUFFIX or is_safetensors(path):
+        return _weights(path)
+    if not is_torch_file(path) and suffix not in (".pt", ".pth"):
+        raise ValueError(f"{path} is no model: expected {EXPECTED}")
+    tree = read_torch_file(path)
+    if not nanogpt.is_nanogpt(tree) and is_there(folder / "config.json"):
+        return _weights(path)
+    opened = nanogpt.from_tree(tree, path)
+    tokenizer = nanogpt.tokenizer_beside(path) or _tokenizer_beside(folder)
+    return _foreign(path, *opened, tokenizer)
+
+
+def _weights(path: Path) -> Source:
+    """A file of Hugging Face's, whose config is beside it."""
+    folder = path.parent
+    if not is_there(folder / "config.json"):
+        raise FileNotFoundError(f"{path} has no config.json beside it")
+    return _foreign(folder, *hf.read(folder, path), _tokenizer_beside(folder))
+    if revision is not None:
+        check_text("revision", revision)
 
 
 def _run(path: Path, step: int | str | None) -> Source:

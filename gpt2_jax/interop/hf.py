@@ -4,15 +4,17 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from gpt2_jax.checks import one_line, shown
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import check_regular, is_there, read_json
+from gpt2_jax.interop.names import by_our_paths, their_name
 from gpt2_jax.interop.params import matrices
+from gpt2_jax.interop.safetensors_file import SUFFIX, is_safetensors, read_safetensors
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.interop.torch_file import read_torch_file
 from gpt2_jax.model import Params
@@ -57,27 +59,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
 }
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-EMBEDDING = re.compile(r"(wte|wpe)\.weight")
-PARAMETER = re.compile(
-    r"(ln_f|h\.\d+\.(?:ln_[12]|attn\.c_(?:attn|proj)|mlp\.c_(?:fc|proj)))"
-    r"\.(weight|bias)"
-)
+INDEX = ".index.json"
 WEIGHTS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("model.safetensors", f"model.safetensors{INDEX}"),
+    *("pytorch_model.bin", f"pytorch_model.bin{INDEX}"),
 )
 
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether there is a config.json with weights beside it."""
-    return (folder / "config.json").is_file() and any(
-        (folder / name).is_file() for name in WEIGHTS
+    return is_there(folder / "config.json") and any(
+        is_there(folder / name) for name in WEIGHTS
     )
 
 
@@ -111,7 +103,7 @@ def download(name: str, revision: str | None = None) -> Path:
         if not is_hf_folder(folder):
             folder = fetch("pytorch_model*.bin*")
     except Exception as error:  # of the hub, of requests, of the cache
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise FileNotFoundError(
             f"{name!r} is no file or folder, nor a model in the hub's cache, and could "
             f"not be fetched: {type(error).__name__}: {reason}"
@@ -141,56 +133,24 @@ def end_ids_of(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def read(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
+def read(
+    folder: Path, weights: Path | None = None
+) -> tuple[GPT2Config, dict[str, Tensor]]:
     """The config, and the tensors by our paths in matrix form.
+
+    Args:
+      weights: a file of them, or an index; None: the first of WEIGHTS in the folder.
 
     Raises:
       ValueError: on damaged files, on a config that isn't a GPT-2's, and on a tensor
         that a GPT-2 doesn't have, naming it.
     """
     cfg = config_of(folder / "config.json")
-    weights = next((folder / n for n in WEIGHTS if (folder / n).is_file()), None)
+    if weights is None:
+        weights = next((folder / n for n in WEIGHTS if is_there(folder / n)), None)
     if weights is None:
         raise FileNotFoundError(f"{folder} has none of {', '.join(WEIGHTS)}")
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in _tensors(weights).items():
-        name = name.removeprefix("transformer.")
-        if name in tensors:
-            raise ValueError(f"{weights} has {name} twice, with a prefix and without")
-        tensors[name] = tensor
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in tensors:
-        _check_tied(weights, head, tensors["wte.weight"])
-    ours = {}
-    for name, tensor in tensors.items():
-        if BUFFER.fullmatch(name):
-            continue  # the causal mask of older versions
-        ours[our_path(name, weights)] = tensor
-    return cfg, ours
-
-
-def our_path(name: str, where: object) -> str:
-    """Our path of the tensor `h.0.attn.c_attn.weight`, say.
-
-    Raises:
-      ValueError: when no GPT-2 has such a tensor.
-    """
-    if embedding := EMBEDDING.fullmatch(name):
-        return f"{embedding[1]}/embedding"
-    found = PARAMETER.fullmatch(name)
-    if not found:
-        raise ValueError(f"{where} has a tensor {name[:100]!r}, which no GPT-2 has")
-    module, leaf = found.groups()
-    module = re.sub(r"^h\.", "h_", module).replace(".", "/")
-    if leaf == "weight":
-        leaf = "scale" if "ln_" in module else "kernel"
-    return f"{module}/{leaf}"
-
-
-def their_name(path: str) -> str:
-    """The inverse of `our_path`, without the prefix."""
-    module, leaf = path.replace("h_", "h/", 1).rsplit("/", 1)
-    return f"{module.replace('/', '.')}.{'bias' if leaf == 'bias' else 'weight'}"
+    return cfg, by_our_paths(_tensors(weights), weights)
 
 
 def config_of(path: Path) -> GPT2Config:
@@ -205,7 +165,7 @@ def config_of(path: Path) -> GPT2Config:
     values = _json_object(path)
     for name, allowed in NEUTRAL.items():
         if name in values and values[name] not in allowed:
-            raise ValueError(f"{path}: {name}={values[name]!r} is not supported")
+            raise ValueError(f"{path}: {name}={shown(values[name])} is not supported")
     if "model_type" not in values and "n_embd" not in values:
         raise ValueError(f"{path} is not a GPT-2's: neither model_type nor n_embd")
     known = {ALIASES.get(name, name): value for name, value in values.items()}
@@ -215,18 +175,6 @@ def config_of(path: Path) -> GPT2Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-      ValueError: on a file that is none, naming it.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
 def _json_object(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
@@ -234,79 +182,48 @@ def _json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_tied(where: Path, head: Tensor, wte: Tensor) -> None:
-    if head.shape != wte.shape or not np.array_equal(head.read(), wte.read()):
-        raise ValueError(
-            f"{where}: lm_head.weight is not wte.weight, and an untied head is not "
-            "supported"
-        )
-
-
 def _tensors(weights: Path) -> dict[str, Tensor]:
-    if weights.suffix != ".json":
+    if not weights.name.endswith(INDEX):
         return _tensors_of_file(weights)
     index = _json_object(weights).get("weight_map")
-    if not isinstance(index, Mapping) or not index:
+    if not isinstance(index, dict) or not index:
         raise ValueError(f"{weights} has no weight_map")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted({*map(str, index.values())}):
-        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+    for name in index.values():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}", name):
             raise ValueError(
-                f"{weights} names {name[:100]!r}, which is no file beside it"
+                f"{weights} names {shown(name)}, which is no file beside it"
             )
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({*index.values()}):
         for key, tensor in _tensors_of_file(weights.with_name(name)).items():
             if key in tensors:
-                raise ValueError(f"{weights}: {key} is in two files")
+                raise ValueError(f"{weights}: {shown(key)} is in two files")
             tensors[key] = tensor
     for key in index:
         if key not in tensors:
-            raise ValueError(f"{weights}: {key!r} is not in {index[key]}")
+            raise ValueError(f"{weights}: {shown(key)} is not in {index[key]}")
     return tensors
 
 
 def _tensors_of_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    if path.suffix == ".safetensors":
+    check_regular(path)
+    if is_safetensors(path) or path.suffix == SUFFIX:
         return read_safetensors(path)
-    state = read_torch_file(path)
+    return table_of(read_torch_file(path), path)
+
+
+def table_of(state: Any, where: object) -> dict[str, Tensor]:
+    """A state_dict that was in a pickle: name -> tensor.
+
+    Raises:
+      ValueError: when it is none.
+    """
     if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds no table of tensors")
+        raise ValueError(f"{where} holds no table of tensors")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name!r} is not a tensor")
+            raise ValueError(f"{where}: {shown(name)} is not a tensor")
     return dict(state)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file that the model may have; dtypes other than f32, f16 and
-    bf16 are refused by name (but for masks, which may be bool or uint8)."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {}
-            names = file.keys()
-            for name in names:
-                part = file.get_slice(name)
-                shape, kind = tuple(part.get_shape()), part.get_dtype()
-                if kind not in DTYPES and not BUFFER.search(name):
-                    raise ValueError(
-                        f"{path}: {name} has dtype {kind}, not {', '.join(DTYPES)}"
-                    )
-                dtype = DTYPES.get(kind, np.dtype(np.uint8))
-                tensors[name] = Tensor(shape, dtype, partial(_read_one, path, name))
-            return tensors
-    except SafetensorError as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged: {why}") from None
-
-
-def _read_one(path: Path, name: str) -> np.ndarray:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        return file.get_tensor(name)
 
 
 def write(

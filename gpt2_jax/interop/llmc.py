@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import check_regular
 from gpt2_jax.interop.params import matrices
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.model import Params
@@ -19,8 +20,6 @@ VERSIONS = {3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat16)}
 
 def is_llmc_file(path: Path) -> bool:
     """Whether a file begins as llm.c's models do."""
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         return file.read(4) == np.int32(MAGIC).astype("<i4").tobytes()
 
@@ -32,6 +31,7 @@ def read(path: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
       ValueError: on another magic number or version, and on a file whose size isn't
         what its header says.
     """
+    check_regular(path)
     header = np.fromfile(path, "<i4", HEADER)
     if len(header) < HEADER or header[0] != MAGIC:
         raise ValueError(f"{path} is no llm.c model: no magic number {MAGIC}")

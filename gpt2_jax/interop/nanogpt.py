@@ -4,44 +4,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax.checks import shown
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.interop.hf import BUFFER, our_path, read_json
+from gpt2_jax.files import is_there, read_json
+from gpt2_jax.interop.hf import table_of
+from gpt2_jax.interop.names import by_our_paths
+from gpt2_jax.interop.pickles import read_plain_pickle
 from gpt2_jax.interop.tensors import Tensor
-from gpt2_jax.interop.torch_file import read_plain_pickle, read_torch_file
+from gpt2_jax.interop.torch_file import read_torch_file
 from gpt2_jax.tokenizer import CharTokenizer
 
 
 def read(path: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
     """The config, and the tensors by our paths in matrix form.
 
-    Linears are [out, in] there, the GELU is the one by erf, and names may carry the
-    `_orig_mod.` of a compiled module.
+    Linears are [out, in] there, and the GELU is the one by erf.
 
     Raises:
       ValueError: on a file that is damaged or no nanoGPT checkpoint, and on a tensor
         that a GPT-2 doesn't have, naming it.
     """
-    found = read_torch_file(path)
-    if not isinstance(found, Mapping) or not {"model", "model_args"} <= set(found):
+    return from_tree(read_torch_file(path), path)
+
+
+def is_nanogpt(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and {"model", "model_args"} <= set(tree)
+
+
+def from_tree(tree: Any, path: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
+    """As `read`, of what `read_torch_file` gave for `path`."""
+    if not is_nanogpt(tree):
         raise ValueError(f"{path} is no nanoGPT checkpoint: no model and model_args")
-    cfg = _config(path, found["model_args"])
-    if not isinstance(found["model"], Mapping):
-        raise ValueError(f"{path}: model holds no table of tensors")
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in found["model"].items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {key!r} is not a tensor")
-        name = key.removeprefix("_orig_mod.").removeprefix("transformer.")
-        if BUFFER.fullmatch(name) or name == "lm_head.weight":
-            continue  # the causal mask; the same parameter as wte there
-        ours = our_path(name, path)
-        if ours in tensors:
-            raise ValueError(f"{path} has {name} twice")
-        if ours.endswith("/kernel"):
+    cfg = _config(path, tree["model_args"])
+    tensors = by_our_paths(table_of(tree["model"], f"{path}: model"), path)
+    for name, tensor in tensors.items():
+        if name.endswith("/kernel"):
             if len(tensor.shape) != 2:
-                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}")
-            tensor = tensor.transposed()
-        tensors[ours] = tensor
+                raise ValueError(f"{path}: {name} has shape {shown([*tensor.shape])}")
+            tensors[name] = tensor.transposed()
     return cfg, tensors
 
 
@@ -55,7 +55,7 @@ def _config(path: Path, args: Any) -> GPT2Config:
     if missing:
         raise ValueError(f"{path}: model_args has no {sorted(missing)[0]}")
     if unknown:
-        first = sorted(map(repr, unknown))[0]
+        first = min(map(shown, unknown))
         raise ValueError(f"{path}: model_args has {first}: not supported")
     rate = args.get("dropout", 0.0)
     try:
@@ -82,7 +82,7 @@ def tokenizer_beside(path: Path) -> CharTokenizer | None:
     """
     for name in ("meta.json", "meta.pkl"):
         file = path.with_name(name)
-        if file.is_file():
+        if is_there(file):
             break
     else:
         return None

@@ -11,20 +11,22 @@ in plain Python takes over a minute a gigabyte.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.checks import shown
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import check_regular, is_there, read_json
 from gpt2_jax.interop.tensors import Tensor
 
+HPARAMS, INDEX = "hparams.json", ".index"
 MAX_HPARAMS_BYTES = 2**20
-MAX_INDEX_BYTES = 2**26  # the released indices have under 2**15
+MAX_INDEX_BYTES = 2**22  # the released indices have under 2**15
 MAX_KEY_BYTES = 2**12  # keys share prefixes: without a limit a small file is large
 
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
@@ -55,40 +57,49 @@ LEAVES = {"g": "scale", "b": "bias", "w": "kernel"}
 
 def is_tf_folder(folder: Path) -> bool:
     """Whether `read` is the reader for it: it has hparams.json and a *.index."""
-    return (folder / "hparams.json").is_file() and any(folder.glob("*.index"))
+    return is_there(folder / HPARAMS) and any(folder.glob(f"*{INDEX}"))
 
 
-def read(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
+def index_of(path: Path) -> Path | None:
+    """The index of a checkpoint that is named without suffix, as TensorFlow does."""
+    index = path.with_name(path.name + INDEX)
+    return index if is_there(index) and is_there(path.with_name(HPARAMS)) else None
+
+
+def read(
+    folder: Path, step: int | str | Path | None = None
+) -> tuple[GPT2Config, dict[str, Tensor]]:
     """A checkpoint's configuration, and its tensors by the path of our parameter.
 
     Kernels are [in, out], as ours are. Which tensors there are and whether their shapes
     are the configuration's is for the caller to check; what is not under "model/" (a
     step, say) is left out.
 
+    Args:
+      step: the number at the end of an index' name, or the index itself; None: the
+        checkpoint that the file `checkpoint` names, or else the one of highest number.
+
     Raises:
       FileNotFoundError: when a file is missing.
       ValueError: when one is damaged or not of this form; the message names it.
     """
-    config = _read_hparams(folder / "hparams.json")
-    indices = sorted(folder.glob("*.index"))
-    if not indices:
-        raise FileNotFoundError(f"{folder} has no *.index, such as model.ckpt.index")
-    if len(indices) > 1:
-        names = ", ".join(path.name for path in indices)
-        raise ValueError(f"{folder} has {len(indices)} checkpoints, not 1: {names}")
-    index = indices[0]
+    config = _read_hparams(folder / HPARAMS)
+    index = step if isinstance(step, Path) else _choose(folder, step)
     data = _read_bytes(index, MAX_INDEX_BYTES)
     try:
         num_shards, entries = _parse_index(data)
     except ValueError as error:
         raise ValueError(f"{index}: {error}") from None
 
-    tensors = {}
+    tensors, shards = {}, set()
     for name, entry in entries.items():
         shard = f"{index.stem}.data-{entry.shard:05d}-of-{num_shards:05d}"
         path = folder / shard
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, {index.name} names it")
+        if path not in shards:
+            if not is_there(path):
+                raise FileNotFoundError(f"{path} is missing, {index.name} names it")
+            check_regular(path)
+            shards.add(path)
         tensor = Tensor.in_file(path, entry.offset, entry.shape, entry.dtype)
         if name.endswith("/kernel"):
             tensor = tensor.reshaped(*entry.shape[1:])
@@ -96,21 +107,61 @@ def read(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
     return config, tensors
 
 
+def _choose(folder: Path, step: int | str | None) -> Path:
+    """The index of one of the checkpoints in a folder."""
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    if not indices:
+        raise FileNotFoundError(f"{folder} has no *.index, such as model.ckpt.index")
+    numbers = {
+        path: int(found[1])
+        for path in indices
+        if (found := re.search(r"-([0-9]{1,18})$", path.stem))
+    }
+    if step is not None:
+        chosen = [path for path, number in numbers.items() if str(number) == str(step)]
+        if len(chosen) != 1:
+            raise FileNotFoundError(
+                f"{folder} has {len(chosen)} checkpoints of step {shown(step)}, only "
+                f"{shown(sorted(numbers.values()))}"
+            )
+        return chosen[0]
+    if len(indices) == 1:
+        return indices[0]
+    if is_there(folder / "checkpoint"):
+        text = _read_bytes(folder / "checkpoint", MAX_HPARAMS_BYTES)
+        named = re.search(rb'^model_checkpoint_path: *"([^"\n]*)"', text, re.MULTILINE)
+        name = named[1].decode(errors="replace") if named else ""
+        # The folder may have been moved since the path was written.
+        index = folder / f"{PurePosixPath(name).name}{INDEX}"
+        if index not in indices:
+            raise ValueError(
+                f"{folder / 'checkpoint'} names {shown(name)}, which is not beside it: "
+                "step= takes another"
+            )
+        return index
+    highest = max(numbers.values(), default=None)
+    latest = [path for path, number in numbers.items() if number == highest]
+    if len(latest) != 1 or len(numbers) != len(indices):
+        names = ", ".join(path.name for path in indices[:4])
+        raise ValueError(
+            f"{folder} has {len(indices)} checkpoints and nothing says which is the "
+            f"latest: {names}"
+        )
+    return latest[0]
+
+
 def _read_bytes(path: Path, limit: int) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+    check_regular(path)
     size = path.stat().st_size
     if size > limit:
-        raise ValueError(f"{path} has {size} bytes, more than {limit}")
+        raise ValueError(f"{path} has {size:,} bytes, more than {limit:,}")
     return path.read_bytes()
 
 
 def _read_hparams(path: Path) -> GPT2Config:
-    data = _read_bytes(path, MAX_HPARAMS_BYTES)
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not is_there(path):
+        raise FileNotFoundError(f"{path} is missing")
+    values = read_json(path, limit=MAX_HPARAMS_BYTES)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not an object")
     for name in FIELDS:
@@ -118,7 +169,7 @@ def _read_hparams(path: Path) -> GPT2Config:
             raise ValueError(f"{path} lacks {name!r}")
     for name in values:
         if name not in FIELDS:
-            raise ValueError(f"{path}: {name!r} is not one of {', '.join(FIELDS)}")
+            raise ValueError(f"{path}: {shown(name)} is not one of {', '.join(FIELDS)}")
     try:
         return GPT2Config(**{ours: values[name] for name, ours in FIELDS.items()})
     except ValueError as error:
@@ -147,7 +198,7 @@ def _parse_index(data: bytes) -> tuple[int, dict[str, _Entry]]:
         if not key.startswith(b"model/"):
             continue
         if not NAME.fullmatch(key):
-            raise ValueError(f"tensor {key.decode('latin-1')!r} is none of GPT-2's")
+            raise ValueError(f"tensor {shown(key)} is none of GPT-2's")
         name = key.decode()
         try:
             entries[_our_path(name)] = _parse_entry(value, name, num_shards)
@@ -275,7 +326,9 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         end = offset + size + TRAILER_BYTES
         for key, entry in _block_entries(_block(data, offset, size)):
             if last is not None and key <= last:
-                raise ValueError(f"keys are out of order: {key!r} after {last!r}")
+                raise ValueError(
+                    f"keys are out of order: {shown(key)} after {shown(last)}"
+                )
             last = key
             yield key, entry
 

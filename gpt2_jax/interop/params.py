@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.checks import shown
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.model import Params, abstract_params
@@ -63,13 +64,13 @@ def check_tensors(
         if path not in tensors:
             raise ValueError(f"{where} has no tensor for {path}")
         expected[path] = shape
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"{where} has {unknown[0]} too")
+    if unknown := tensors.keys() - expected.keys():
+        raise ValueError(f"{where} has {min(unknown)} too")
     for path, shape in expected.items():
         if tensors[path].shape != shape:
             raise ValueError(
-                f"{where}: {path} has shape {list(tensors[path].shape)}, the config "
-                f"needs {list(shape)}"
+                f"{where}: {path} has shape {shown([*tensors[path].shape])}, "
+                f"the config needs {shown([*shape])}"
             )
         if not jnp.issubdtype(tensors[path].dtype, jnp.floating):
             raise ValueError(f"{where}: {path} has dtype {tensors[path].dtype}")

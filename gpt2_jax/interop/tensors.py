@@ -6,6 +6,7 @@ tensor at a time, straight to where it shall live.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -17,7 +18,7 @@ import numpy as np
 class Tensor:
     """Attributes:
     shape, dtype: of what `read` gives (bfloat16 as ml_dtypes' type).
-    read: the numbers, memmapped where they can be; the caller copies what it keeps.
+    read: the numbers; the caller copies what it keeps.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +36,8 @@ class Tensor:
         """Contiguous numbers of a file from byte `offset` on.
 
         Raises:
-          ValueError: when the file ends before they do.
+          ValueError: when the file ends before they do; in `read`, when its size is
+            another by then.
         """
         end = offset + math.prod(shape) * dtype.itemsize
         size = path.stat().st_size
@@ -43,8 +45,8 @@ class Tensor:
             raise ValueError(f"{path} is cut: {size} bytes, its header needs {end}")
 
         def read() -> np.ndarray:
-            flat = np.memmap(path, np.uint8, "r", offset, (end - offset,))
-            return flat.view(dtype).reshape(shape)
+            count = math.prod(shape)
+            return read_numbers(path, size, offset, count, dtype).reshape(shape)
 
         return cls(shape, dtype, read)
 
@@ -66,3 +68,49 @@ class Tensor:
     def transposed(self) -> Self:
         """A matrix with its two axes exchanged."""
         return self.then(self.shape[::-1], lambda x: x.T)
+
+
+def read_numbers(
+    path: Path, size: int, offset: int, count: int, dtype: np.dtype
+) -> np.ndarray:
+    """`count` numbers of a file from byte `offset` on.
+
+    This is no memmap: a file that is cut while it is mapped ends the process.
+
+    Args:
+      size: of the file when it was opened.
+
+    Raises:
+      ValueError: when its size is another by now.
+    """
+    array = np.empty(count, dtype)
+    with path.open("rb") as file:
+        file.seek(offset)
+        found = file.readinto(array.view(np.uint8).data)
+        now = os.fstat(file.fileno()).st_size
+    if found != array.nbytes or now != size:
+        raise ValueError(
+            f"{path} changed while it was read: {size:,} bytes, now {now:,}"
+        )
+    return array
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape and equal numbers, whatever their dtypes.
+
+    They are compared in parts, in float64, which holds all of any float's values.
+    """
+    if a is b:
+        return True
+    if a.shape != b.shape:
+        return False
+    x, y = np.atleast_1d(a.read()), np.atleast_1d(b.read())
+    step = max(1, len(x) * 2**18 // max(1, x.size))
+    return all(
+        np.array_equal(
+            x[i : i + step].astype(np.float64),
+            y[i : i + step].astype(np.float64),
+            equal_nan=True,
+        )
+        for i in range(0, len(x), step)
+    )

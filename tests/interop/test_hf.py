@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import gpt2_jax
 from gpt2_jax.interop import hf
-from gpt2_jax.interop.formats import convert
+from gpt2_jax.interop.formats import convert, open_model
 from gpt2_jax.interop.params import matrices
 from gpt2_jax.tokenizer import (
     ByteTokenizer,
@@ -171,7 +171,7 @@ def test_aliases_and_idle_keys_of_configs(tmp_path):
         ),
         (
             lambda t: t.update({"ln_f.bias": t["ln_f.bias"].astype(np.int32)}),
-            "ln_f.bias has dtype I32",
+            "tensor 'ln_f.bias': dtype I32 is not one of",
         ),
         (lambda t: t["h.0.ln_1.weight"].fill(np.nan), "h_0/ln_1/scale holds NaN"),
     ],
@@ -188,12 +188,11 @@ def test_tensors_that_are_refused(tmp_path, edit, message):
         gpt2_jax.load(folder)
 
 
-def test_a_file_of_weights_alone_is_no_model(tmp_path):
+def test_a_file_of_weights_that_has_no_config(tmp_path):
     folder = write(tmp_path / "in")
-    (folder / "other.safetensors").write_bytes(b"")
-    for name in ("model.safetensors", "other.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} is no model: expected a run's"):
-            gpt2_jax.load(folder / name)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json beside it"):
+        open_model(folder / "model.safetensors")
 
 
 def test_a_hub_name_offline(monkeypatch, tmp_path):

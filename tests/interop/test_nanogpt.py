@@ -108,9 +108,9 @@ def test_text_by_the_table_of_characters(tmp_path, form):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is not JSON"),
-        ("[" * 10**5, "is not JSON"),
-        ('{"itos": 1' + "0" * 5000 + "}", "is not JSON"),
+        ("", "not JSON"),
+        ("[" * 10**5, "not JSON"),
+        ('{"itos": 1' + "0" * 5000 + "}", "not JSON"),
         ("[]", "has no itos, a table of id -> character"),
         ('{"itos": null}', "has no itos"),
         ('{"itos": "abc"}', "has no itos"),
@@ -213,7 +213,6 @@ def test_no_nanogpt_checkpoint(tmp_path, tree):
     [
         ("transformer.h.1.mlp.c_fc.weight", None, "no tensor for h_1/mlp/c_fc/kernel"),
         ("transformer.h.1.mlp.c_fc.bias", None, "no tensor for h_1/mlp/c_fc/bias"),
-        ("transformer.wte.weight", None, "has no tensor for wte/embedding"),
         ("transformer.h.2.ln_1.weight", (8,), "has h_2/ln_1/scale too"),
         ("transformer.h.0.rotary", (8,), "a tensor 'h.0.rotary', which no GPT-2 has"),
         ("wte.weight", (17, 8), "has wte.weight twice"),
@@ -222,7 +221,7 @@ def test_no_nanogpt_checkpoint(tmp_path, tree):
             (8, 32),
             "h_0/mlp/c_fc/kernel has shape [32, 8], the config needs [8, 32]",
         ),
-        ("transformer.h.0.mlp.c_fc.weight", (256,), "h.0.mlp.c_fc.weight has shape"),
+        ("transformer.h.0.mlp.c_fc.weight", (256,), "h_0/mlp/c_fc/kernel has shape"),
         ("transformer.ln_f.bias", (8, 1), "ln_f/bias has shape [8, 1]"),
         ("transformer.ln_f.bias", 1.0, "'transformer.ln_f.bias' is not a tensor"),
         ("transformer.ln_f.bias", (0,), "ln_f/bias has shape [0]"),

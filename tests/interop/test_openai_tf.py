@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,11 +256,31 @@ def test_another_name_of_the_checkpoint(folder: Path):
     assert_equal(read(folder)[1], weights())
 
 
-def test_two_checkpoints(folder: Path):
-    (folder / "model-500.index").write_bytes(b"")
+def test_several_checkpoints(folder: Path):
+    """The one that `checkpoint` names, the highest number, or step=."""
+    for step in (9, 10, 500):
+        shutil.copy(folder / DATA, folder / f"model-{step}.data-00000-of-00001")
+        shutil.copy(folder / INDEX, folder / f"model-{step}.index")
+    with pytest.raises(ValueError, match="4 checkpoints and nothing says which is"):
+        read(folder)
+    (folder / INDEX).unlink()  # the others have numbers
+    damaged = (folder / "model-500.index").read_bytes()[:-1]
+    (folder / "model-500.index").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"model-500\.index: it is cut"):
+        read(folder)
+    for step in (10, "10", folder / "model-9.index"):
+        assert_equal(read(folder, step)[1], weights())
     with pytest.raises(
-        ValueError, match=r"2 checkpoints, not 1: model-500\.index, model\.ckpt\.index"
+        FileNotFoundError, match=r"0 checkpoints of step 7, only \[9, 10"
     ):
+        read(folder, 7)
+    state = (
+        'model_checkpoint_path: "/old/place/model-10"\nall_model_checkpoint_paths: "x"'
+    )
+    (folder / "checkpoint").write_text(state)
+    assert_equal(read(folder)[1], weights())
+    (folder / "checkpoint").write_text(state.replace("-10", "-11"))
+    with pytest.raises(ValueError, match=r"names '.*model-11', which is not beside it"):
         read(folder)
 
 
@@ -276,16 +297,16 @@ def test_missing_files(folder: Path, name: str):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", "is not JSON"),
-        ("\xff", "is not JSON"),
-        ("[" * 10**5, "is not JSON"),
+        ("", "not JSON"),
+        ("\xff", "not UTF-8"),
+        ("[" * 10**5, "not JSON"),
         ("[]", "holds a list, not an object"),
         (json.dumps({**HPARAMS, "n_ctx": 8.0}), "n_positions=8.0 must be an integer"),
         (json.dumps({**HPARAMS, "n_layer": 0}), "n_layer=0 must be >= 1"),
         (json.dumps({**HPARAMS, "n_head": 3}), "n_embd=8 is not divisible by n_head=3"),
         (json.dumps({**HPARAMS, "n_inner": 3}), "'n_inner' is not one of n_vocab, n_"),
         ('{"n_vocab": 17}', "lacks 'n_ctx'"),
-        (" " * (2**20 + 1), "has 1048577 bytes, more than 1048576"),
+        (" " * (2**20 + 1), "has 1,048,577 bytes, more than 1,048,576"),
     ],
 )
 def test_bad_hparams(folder: Path, text: str, error: str):
@@ -430,8 +451,8 @@ def test_bad_tables(folder: Path, kind: str, error: str):
 
 def test_a_huge_index_is_not_read(folder: Path):
     with (folder / INDEX).open("wb") as file:
-        file.truncate(2**26 + 1)  # a hole: it takes no room on the disk
-    with pytest.raises(ValueError, match="has 67108865 bytes, more than 67108864"):
+        file.truncate(2**22 + 1)  # a hole: it takes no room on the disk
+    with pytest.raises(ValueError, match="has 4,194,305 bytes, more than 4,194,304"):
         read(folder)
 
 

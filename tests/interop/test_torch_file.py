@@ -19,13 +19,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from gpt2_jax.interop.pickles import MAX_PICKLE, read_plain_pickle
 from gpt2_jax.interop.tensors import Tensor
-from gpt2_jax.interop.torch_file import (
-    MAX_NDIM,
-    MAX_PICKLE,
-    read_plain_pickle,
-    read_torch_file,
-)
+from gpt2_jax.interop.torch_file import MAX_NDIM, read_torch_file
 
 KINDS = {
     "float32": "FloatStorage",
@@ -175,13 +171,6 @@ def equal(tensor: Tensor, expected: np.ndarray) -> bool:
     )
 
 
-def is_mapped(array: np.ndarray) -> bool:
-    base: Any = array
-    while base is not None and not isinstance(base, np.memmap):
-        base = getattr(base, "base", None)
-    return isinstance(base, np.memmap)
-
-
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_dtype(tmp_path: Path, form: str, protocol: int):
@@ -193,7 +182,6 @@ def test_every_dtype(tmp_path: Path, form: str, protocol: int):
     assert list(read) == list(KINDS)
     for name, array in arrays.items():
         assert equal(read[name], array), name
-        assert is_mapped(read[name].read())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -226,7 +214,6 @@ def test_views_of_one_storage(tmp_path: Path, form: str):
     assert read.keys() == expected.keys()
     for name, want in expected.items():
         assert equal(read[name], np.asarray(want)), name
-        assert is_mapped(read[name].read()) == (name != "empty")
     assert not read["transposed"].read().flags.writeable
 
 
@@ -437,9 +424,8 @@ def test_hostile_pickles(tmp_path: Path, name: str):
 
 def test_a_memo_number_reserves_nothing(tmp_path: Path):
     """The C unpickler would allocate 64 GiB."""
-    data = b"\x80\x02K\x07r\xff\xff\xff\xff0j\xff\xff\xff\xff."
-    path = write_zip(tmp_path / "x.pt", data.replace(b"0j", b"j"), [])
-    assert read_torch_file(path) == 7
+    data = b"\x80\x02K\x07r\xff\xff\xff\xffj\xff\xff\xff\xff."
+    refused(write_zip(tmp_path / "x.pt", data, []), "memo number 4294967295")
 
 
 def test_a_name_is_shown_on_one_short_line(tmp_path: Path):
@@ -531,7 +517,7 @@ def test_legacy_files_that_are_refused(tmp_path: Path):
     data, storages = pickled({"x": Saved(FOUR, 0, (4,), (1,))}, 2, True)
     refused(write_legacy(path, data, storages, little=False), "little-endian")
     refused(write_legacy(path, data, []), "1 storages are named and 0 are there")
-    refused(write_legacy(path, data, storages * 2), "damaged: KeyError")
+    refused(write_legacy(path, data, storages * 2), "1 storages are named and 2")
     whole = write_legacy(path, data, storages).read_bytes()
     path.write_bytes(whole[:-1])
     refused(path, "storage of 4 numbers is not there")

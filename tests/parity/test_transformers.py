@@ -157,7 +157,7 @@ def test_loss_and_every_gradient(pair):
     model.zero_grad()
     loss = make_goldens.loss_of(model, tokens)
     loss.backward()
-    from gpt2_jax.interop.hf import their_name
+    from gpt2_jax.interop.names import their_name
     from gpt2_jax.interop.params import matrices
     from gpt2_jax.train_step import gradients
 
@@ -221,7 +221,7 @@ def test_parameters_after_ten_updates(pair):
     """The same batches, warmup and cosine, decay groups and clipping in torch."""
     import optax
 
-    from gpt2_jax.interop.hf import their_name
+    from gpt2_jax.interop.names import their_name
     from gpt2_jax.interop.params import matrices
     from gpt2_jax.optim import make_optimizer
     from gpt2_jax.train_step import TrainState, train_step
