@@ -26,7 +26,7 @@ from gpt2_jax.interop.tensors import Tensor
 
 HPARAMS, INDEX = "hparams.json", ".index"
 MAX_HPARAMS_BYTES = 2**20
-MAX_INDEX_BYTES = 2**22  # the released indices have under 2**15
+MAX_INDEX_BYTES = 2**20  # the released indices have under 2**15
 MAX_KEY_BYTES = 2**12  # keys share prefixes: without a limit a small file is large
 
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")

@@ -134,8 +134,8 @@ def test_bad_tables_of_characters(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"itos": {float("inf"): "a"}}, "has no itos"),
-        ({"itos": {float("nan"): "a"}}, "has no itos"),
+        ({"itos": {float("inf"): "a"}}, "inf as a key"),
+        ({"itos": {float("nan"): "a"}}, "nan as a key"),
         ({"itos": {"0": 5}}, "itos holds more than single characters"),
         ({"itos": re.compile("a")}, "names re._compile, which is not allowed"),
         ([1], "has no itos"),
