@@ -149,7 +149,7 @@ def _file(path: Path, step: int | str | None) -> Source:
     if not nanogpt.is_nanogpt(tree) and is_there(folder / "config.json"):
         return _weights(path)
     opened = nanogpt.from_tree(tree, path)
-    tokenizer = nanogpt.tokenizer_beside(path) or _tokenizer_beside(folder)
+    tokenizer = _tokenizer_beside(folder, of_nanogpt=True)
     return _foreign(path, *opened, tokenizer)
 
 
@@ -159,8 +159,6 @@ def _weights(path: Path) -> Source:
     if not is_there(folder / "config.json"):
         raise FileNotFoundError(f"{path} has no config.json beside it")
     return _foreign(folder, *hf.read(folder, path), _tokenizer_beside(folder))
-    if revision is not None:
-        check_text("revision", revision)
 
 
 def _run(path: Path, step: int | str | None) -> Source:

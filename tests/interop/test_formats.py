@@ -21,6 +21,7 @@ from foreign import (
 )
 from gpt2_jax.interop.formats import Source, open_model
 from gpt2_jax.interop.nanogpt import is_nanogpt
+from gpt2_jax.tokenizer import NoTokenizer
 
 
 def opens(path: Path | str, *, activation: str = "gelu_new") -> Source:
@@ -125,20 +126,22 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548105
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "model.bin", "ckpt.pt", "meta.pkl"]
+    "name", ["config.json", "model.safetensors", "model.bin", "ckpt.pt"]
 )
 def test_pointers_of_git_lfs(tmp_path: Path, name: str):
     folder = write_hf(tmp_path / "m")
-    path = folder
-    if name == "ckpt.pt":
-        path = folder / name
-    elif name in ("model.bin", "meta.pkl"):
-        path = (
-            write_nanogpt(folder / "ckpt.pt") if name == "meta.pkl" else folder / name
-        )
     (folder / name).write_text(POINTER)
+    path = folder / name if name in ("model.bin", "ckpt.pt") else folder
     with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS"):
         open_model(path)
+
+
+def test_a_pointer_in_place_of_the_characters(tmp_path: Path):
+    path = write_nanogpt(tmp_path / "ckpt.pt")
+    (tmp_path / "meta.pkl").write_text(POINTER)
+    tokenizer = opens(path, activation="gelu").tokenizer
+    assert isinstance(tokenizer, NoTokenizer)
+    assert "meta.pkl is a pointer of Git LFS" in tokenizer.why
 
 
 def test_sparse_giants(tmp_path: Path):
