@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any, Self
 
 from gpt2_jax.checks import check_choice
-from gpt2_jax.fields import check_range, check_types
+from gpt2_jax.fields import check_below_1, check_positive, check_range, check_types
+
+MOST_LAYERS = 10_000  # each is part of a program, and of a checkpoint
 
 # gelu_new is GPT-2's tanh approximation, and the next two are other names of it; gelu
 # is the one by erf.
@@ -46,6 +48,7 @@ class GPT2Config:
         check_types(self)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             check_range(name, getattr(self, name), 1)
+        check_range("n_layer", self.n_layer, 1, MOST_LAYERS)
         if self.n_inner is not None:
             check_range("n_inner", self.n_inner, 1)
         check_choice("activation_function", self.activation_function, ACTIVATIONS)
@@ -54,13 +57,9 @@ class GPT2Config:
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}"
             )
         for name in ("layer_norm_epsilon", "initializer_range"):
-            number = getattr(self, name)
-            if number <= 0:
-                raise ValueError(f"{name}={number} must be > 0")
+            check_positive(name, getattr(self, name))
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            number = getattr(self, name)
-            if not 0 <= number < 1:
-                raise ValueError(f"{name}={number} must be in [0, 1)")
+            check_below_1(name, getattr(self, name))
 
     @property
     def head_dim(self) -> int:

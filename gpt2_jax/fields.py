@@ -14,6 +14,8 @@ from gpt2_jax.checks import shown
 
 GREATEST = 2**31 - 1  # of integers that no other limit holds: JAX's are of 32 bits
 FLOAT32 = 3.4028234663852886e38  # the greatest number
+LEAST = 2.0**-126  # above 0 with all its digits; smaller ones may count as 0
+BELOW_1 = 1 - 2.0**-24  # the greatest number under 1
 SEEDS = (0, 2**32 - 1)  # what a random key is made from, for training as for samples
 
 
@@ -63,6 +65,20 @@ def check_range(name: str, value: int, least: int, greatest: int = GREATEST) -> 
         raise ValueError(f"{name}={shown(value)} must be >= {least}")
     if value > greatest:
         raise ValueError(f"{name}={shown(value)} must be <= {greatest}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError on a number that is not above 0, also once it is float32."""
+    if not value >= LEAST:
+        rounded = ", which is 0 in float32," if value > 0 else ""
+        raise ValueError(f"{name}={value}{rounded} must be > 0")
+
+
+def check_below_1(name: str, value: float) -> None:
+    """Raises ValueError on a number outside [0, 1), also once it is float32."""
+    if not 0 <= value <= BELOW_1:
+        rounded = ", which is 1 in float32," if 0 <= value < 1 else ""
+        raise ValueError(f"{name}={value}{rounded} must be in [0, 1)")
 
 
 def check_seed(seed: int) -> None:

@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.fields import check_range, check_types
+from gpt2_jax.fields import (
+    check_below_1,
+    check_positive,
+    check_range,
+    check_types,
+)
 from gpt2_jax.model import LAYER, STACKED, Params, abstract_params, unstack_layers
 
 # The kernels of a layer, and how many of their axes are inputs.
@@ -41,10 +46,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check_types(self, "lora.")
         check_range("lora.rank", self.rank, 0)
-        if self.alpha <= 0:
-            raise ValueError(f"lora.alpha={self.alpha} must be > 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+        check_positive("lora.alpha", self.alpha)
+        check_below_1("lora.dropout", self.dropout)
         for name in self.kernels:
             if not any(_is_named(kernel, name) for kernel in KERNELS):
                 raise ValueError(

@@ -14,7 +14,12 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from gpt2_jax.checks import check_choice, shown
-from gpt2_jax.fields import check_range, check_types
+from gpt2_jax.fields import (
+    check_below_1,
+    check_positive,
+    check_range,
+    check_types,
+)
 from gpt2_jax.model import DTYPES, LAYER, STACKED, Params, is_stacked
 from gpt2_jax.sharding import on_gpu
 
@@ -75,11 +80,9 @@ class OptimConfig:
         for name in ("warmup_steps", "decay_steps", "max_skipped"):
             check_range(f"optim.{name}", getattr(self, name), 0)
         for name in ("learning_rate", "eps", "clip_norm"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"optim.{name}=0 must be > 0")
+            check_positive(f"optim.{name}", getattr(self, name))
         for name in ("b1", "b2", "ema_decay"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be < 1")
+            check_below_1(f"optim.{name}", getattr(self, name))
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"optim.min_learning_rate={self.min_learning_rate} exceeds "

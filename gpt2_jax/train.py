@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from gpt2_jax import checkpoint, distributed, finetune, metrics, optim, plot, sh
 from gpt2_jax.batches import Ahead, in_order, spread
 from gpt2_jax.checks import one_line
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data.loader import Examples, TextExamples
+from gpt2_jax.data.loader import Examples, TextExamples, check_length
 from gpt2_jax.data.prepare import load_index, prepared_folder
 from gpt2_jax.data.sft import sft_splits
 from gpt2_jax.data.tokenizers import build_tokenizer
@@ -145,8 +145,7 @@ def _train(
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     tokenizer, data = distributed.first_alone(lambda: open_data(cfg, workdir, source))
-    if cfg.eval.patience and "validation" not in data:
-        raise ValueError(f"eval.patience={cfg.eval.patience} needs a validation split")
+    check_splits(cfg, data)
     if source is not None:
         finetune.check_tokenizer(tokenizer, source.tokenizer)
     base = source.config if source else begun.model if begun else None
@@ -257,7 +256,20 @@ def open_data(
     )
     splits_there = load_index(folders[0]).splits
     tokenizer = load_tokenizer(folders[0] / "tokenizer")
-    return tokenizer, {split: examples(split) for split in splits_there}
+    found = {split: examples(split) for split in splits_there}
+    for part in found["train"].parts if "train" in found else ():
+        check_length(part, cfg.block_size)
+    return tokenizer, dict(found)
+
+
+def check_splits(cfg: TrainConfig, data: Mapping[str, Examples]) -> None:
+    """Raises ValueError where training or an evaluation would have no example."""
+    if "train" not in data:
+        raise ValueError(f"the data have no train split, only {', '.join(data)}")
+    if "validation" in data:
+        data["validation"].evaluation(cfg.eval.examples or None)
+    elif cfg.eval.patience:
+        raise ValueError(f"eval.patience={cfg.eval.patience} needs a validation split")
 
 
 def _check_unchanged(path: Path, workdir: Path) -> None:
@@ -493,6 +505,7 @@ class _Run:
         self.best: Best | None = None
         self.base: Params | None = None  # what the params of a state are adapters of
         self.base_said: Mapping[str, Any] | None = None
+        self._failed: set[str] = set()  # what was to show the run, and could not
         self._clock: float | None = None  # when the last step was seen to end
         self._began: tuple[int, float] | None = None  # the first, and when it ended
 
@@ -534,10 +547,11 @@ class _Run:
                 if self.lock is not None:
                     self.lock.check()
                 batch = self._batches.get(step)
-                with self._trace.step(step):
+                traced = self._attempt("trace", partial(self._trace.step, step))
+                with traced or contextlib.nullcontext():
                     state, fresh = step_fn(state, *batch, self.base)
                 self._batches.begin(step + 1)
-                if self._trace.end(step, fresh):
+                if self._attempt("trace", partial(self._trace.end, step, fresh)):
                     self._say(f"step {step + 1}: trace in {self.workdir / 'profile'}")
                     self._clock = None  # writing it took time
                 self._log(pending)
@@ -552,7 +566,7 @@ class _Run:
             self.checkpoints.wait()
             return self._close(int(state.step), stop.received)
         finally:
-            self._trace.close()
+            self._attempt("trace", self._trace.close)
             self._batches.close()
             self._bar.close()
             if self._writer is not None:
@@ -794,8 +808,20 @@ class _Run:
             raise _Stopped
         self.val_loss = val_loss
         if cfg.eval.sample_tokens:
-            self._sample(params, step)
+            self._attempt("sample", partial(self._sample, params, step))
         return val_loss
+
+    def _attempt(self, what: str, report: Callable[[], T]) -> T | None:
+        """Does what only shows the run: where it fails, that is said once, no more."""
+        try:
+            return report()
+        except Exception as error:  # of any library; none of them is worth the run
+            if distributed.is_lost_peer(error):
+                raise
+            if what not in self._failed:
+                self._failed.add(what)
+                _note(f"the run goes on without its {what}: {one_line(error)}")
+            return None
 
     def _sample(self, params: Params, step: int) -> None:
         model = self.model
@@ -843,7 +869,7 @@ class _Run:
         if not self.writes:
             return result
         curve = self.workdir / "loss.png"
-        plot.draw_curves([self.workdir], curve)
+        self._attempt("plot", partial(plot.draw_curves, [self.workdir], curve))
         if received is not None:
             name = signal.Signals(received).name
             print(

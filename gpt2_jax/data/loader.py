@@ -72,6 +72,15 @@ def windows_per_epoch(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - block_size) // block_size)
 
 
+def check_length(dataset: TokenDataset, block_size: int) -> None:
+    """Raises ValueError when the split is shorter than block_size + 1, an example."""
+    if len(dataset) < block_size + 1:
+        raise ValueError(
+            f"the {dataset.split} split of {dataset.folder} has {len(dataset)} tokens, "
+            f"fewer than block_size + 1 = {block_size + 1}"
+        )
+
+
 @functools.lru_cache(maxsize=2)
 def _epoch(n_tokens: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """int64 [windows_per_epoch]: starts of the windows of an epoch, in its order."""
@@ -99,11 +108,7 @@ def train_examples(
     Raises ValueError if a number is out of range or the split is shorter than
     block_size + 1.
     """
-    if len(dataset) < block_size + 1:
-        raise ValueError(
-            f"the {dataset.split} split has {len(dataset)} tokens, fewer than "
-            f"block_size + 1 = {block_size + 1}"
-        )
+    check_length(dataset, block_size)
     numbers = np.asarray(numbers, np.int64)
     least = int(numbers.min(initial=0))
     if block_size < 1 or seed < 0 or least < 0:

@@ -57,7 +57,7 @@ CASES = [
         BASE + " --config.lora.rank=400",
         "lora.rank=400 exceeds 16, a side of attn/c_attn",
     ),
-    (BASE + " --config.lora.alpha=0", "lora.alpha=0.0 must be finite and > 0"),
+    (BASE + " --config.lora.alpha=0", "lora.alpha=0.0 must be > 0"),
     (BASE + " --config.lora.dropout=1", "lora.dropout=1.0 must be in [0, 1)"),
     (BASE + " --config.lora.kernels=('wte',)", "lora.kernels: 'wte' is not one of"),
     # examples
