@@ -28,7 +28,7 @@ import numpy as np
 
 from gpt2_jax.attention import cache_dtype
 from gpt2_jax.cache import KVCache
-from gpt2_jax.generate import bucket
+from gpt2_jax.generate import NO_NUMBERS, bucket
 from gpt2_jax.model import GPT2, Params
 from gpt2_jax.options import EARLY_STOPPING
 from gpt2_jax.sampling import History, Sampling, edit_logits
@@ -81,7 +81,8 @@ def beam_search(
 
     Raises:
       ValueError: before anything is compiled, on an option out of its range, an empty
-        prompt, or a length over n_positions.
+        prompt, or a length over n_positions; and when the model gives logits that are
+        NaN or infinite.
     """
     n_positions = model.cfg.n_positions
     if not 1 <= num_return_sequences <= num_beams:
@@ -120,7 +121,9 @@ def beam_search(
         np.int32(EARLY_STOPPING.index(early_stopping if num_beams > 1 else True)),
         np.int32(n_valid),
     )
-    finished = jax.device_get(state.finished)
+    finished, broken_G = jax.device_get((state.finished, state.broken_G))
+    if broken_G.any():
+        raise ValueError(f"prompt {broken_G.argmax()}: {NO_NUMBERS}")
 
     def hypothesis(row: int, begin: int) -> Hypothesis:
         stopped = finished.stopped_B[row]
@@ -163,6 +166,7 @@ class BeamState:
     cache: KVCache
     finished: Finished
     closed_G: jax.Array  # bool: the prompt's search is over
+    broken_G: jax.Array  # bool: some of its logits were no numbers
 
 
 @partial(jax.jit, static_argnames=("model", "size", "num_beams"))
@@ -210,6 +214,7 @@ def start(
             stopped_B=jnp.zeros((B,), bool),
         ),
         closed_G=jnp.zeros((G,), bool),
+        broken_G=jnp.zeros((G,), bool),
     )
 
 
@@ -256,7 +261,10 @@ def search(
 
         last_B1 = jnp.take_along_axis(s.history.tokens_BS, at_B[:, None] - 1, axis=1)
         logits_B1V, cache = model.apply({"params": params}, last_B1, s.cache)
-        logp_BV = jax.nn.log_softmax(jnp.where(valid_V, logits_B1V[:, 0], -jnp.inf))
+        logits_BV = jnp.where(valid_V, logits_B1V[:, 0], -jnp.inf)
+        broken_B = ~(logits_BV.max(-1) < jnp.inf) & (s.score_B > -jnp.inf) & open_B
+        broken_G = broken_B.reshape(G, M).any(-1)
+        logp_BV = jax.nn.log_softmax(logits_BV)
         edited_BV = edit_logits(logp_BV, s.history, sampling, table_QV)
         total_BV = s.score_B[:, None] + edited_BV
 
@@ -293,7 +301,8 @@ def search(
             score_B=total_B,
             cache=dataclasses.replace(cache, length_B=history.length_B - 1),
             finished=finished,
-            closed_G=s.closed_G | hopeless_G | enough_G | at_limit_G,
+            closed_G=s.closed_G | hopeless_G | enough_G | at_limit_G | broken_G,
+            broken_G=s.broken_G | broken_G,
         )
 
     return jax.lax.while_loop(lambda s: ~jnp.all(s.closed_G), step, state)

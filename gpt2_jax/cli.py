@@ -81,6 +81,10 @@ def given_options() -> dict[str, Any]:
     for name in ("stop_token_ids", "allowed_tokens"):
         given[name] = given[name] and [_number(int, name, x) for x in given[name]]
     pairs = [text.partition("=")[::2] for text in given["logit_bias"]]
+    ids = [i for i, _ in pairs]
+    for i in ids:
+        if ids.count(i) > 1:
+            raise ValueError(f"--logit_bias: {i!r} is given twice")
     given["logit_bias"] = {
         _number(int, "logit_bias", i): _number(float, "logit_bias", x) for i, x in pairs
     }

@@ -18,6 +18,7 @@ import numpy as np
 from gpt2_jax.checks import integer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import user_path
+from gpt2_jax.generate import NO_NUMBERS
 from gpt2_jax.model import GPT2, Params, attention_weights
 
 MOST_WEIGHTS = 2**23  # of attention in a page, a byte each: in base64 11 MB
@@ -120,7 +121,8 @@ def explain(
 
     Raises:
       ValueError: when T exceeds n_positions; when attention has more than MOST_WEIGHTS
-        weights in all; when top_k is not in [1, MOST_ALTERNATIVES].
+        weights in all; when top_k is not in [1, MOST_ALTERNATIVES]; when the model
+        gives logits that are NaN or infinite.
     """
     cfg, T = model.cfg, len(token_ids)
     top_k = integer("top_k", top_k)
@@ -139,6 +141,8 @@ def explain(
     top_k = min(top_k, n_valid)
     kept = _explain(model, params, ids_T, n_valid=n_valid, top_k=top_k)
     logprobs, ranks, entropies, top_logprobs, top_ids, attention = map(np.asarray, kept)
+    if not np.isfinite(entropies).all():
+        raise ValueError(NO_NUMBERS)
     write = partial(_written, token_bytes)
     return Explanation(
         config=cfg,

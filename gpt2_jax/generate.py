@@ -35,8 +35,12 @@ MIN_CACHE = 128  # tokens of a cache
 CHUNK = 512  # tokens of a prompt that go through the model at once
 PREFILL_TOKENS = 8192  # of all rows that are prefilled together
 
-RUNNING, STOP, LENGTH, EXHAUSTED = range(4)
+RUNNING, STOP, LENGTH, EXHAUSTED, NOT_FINITE = range(5)
 FINISH_REASONS = ("", "stop", "length", "exhausted")
+NO_NUMBERS = (
+    "the model's logits are not finite: its parameters are damaged, or too large for "
+    "their dtype"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +183,9 @@ class Decoder:
 
         A row comes for the last time when its `finish` is set. Between two calls the
         caller may set it, and shorten `ids`: the row ends then.
+
+        Raises:
+          ValueError: when the model gives logits that are NaN or infinite.
         """
         waiting: Iterator[tuple[int, Request]] | None = enumerate(requests)
         slots: list[Row | None] = [None] * self.n_slots
@@ -385,6 +392,8 @@ class Decoder:
             )
         )
         for slot, row in rows.items():
+            if finish_B[slot] == NOT_FINITE:
+                raise ValueError(f"prompt {row.index}: {NO_NUMBERS}")
             new = slice(row.length, int(length_B[slot]))
             row.ids += tokens_BS[slot, new].tolist()
             row.logprobs += logprob_BS[slot, new].tolist()
@@ -698,9 +707,10 @@ def _draw(
     logits_BV = jnp.where(
         jnp.arange(logits_BV.shape[-1]) < n_valid, logits_BV, -jnp.inf
     )
+    broken_B = ~(logits_BV.max(axis=-1) < jnp.inf)  # NaN is not less
     edited_BV = edit_logits(logits_BV, h, s.sampling, table_QV)
     token_B = sample(edited_BV, s.sampling, _keys(s.draw_B3, h.n_new_B))
-    stuck_B = edited_BV.max(axis=-1) == -jnp.inf
+    stuck_B = (edited_BV.max(axis=-1) == -jnp.inf) | broken_B
     end_B = s.sampling.ends_BV[rows_B, token_B] & ~stuck_B
     grown_B = where_B & ~stuck_B & ~end_B
     at_B = jnp.where(grown_B, h.length_B, s.logprob_BS.shape[1])
@@ -715,7 +725,8 @@ def _draw(
             ),
         )
     h = h.append(token_B, grown_B, table_QV)
-    finish_B = jnp.where(where_B & stuck_B, EXHAUSTED, s.finish_B)
+    why_B = jnp.where(broken_B, NOT_FINITE, EXHAUSTED)
+    finish_B = jnp.where(where_B & stuck_B, why_B, s.finish_B)
     finish_B = jnp.where(where_B & end_B, STOP, finish_B)
     finish_B = jnp.where(grown_B & (h.n_new_B >= s.limit_B), LENGTH, finish_B)
     s = s.replace(

@@ -112,7 +112,7 @@ def penalize_repetition(
     penalized_BV = jnp.where(
         logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1
     )
-    return jnp.where(seen_BV, penalized_BV, logits_BV)
+    return _bounded(jnp.where(seen_BV, penalized_BV, logits_BV), logits_BV)
 
 
 def penalize_counts(
@@ -120,11 +120,19 @@ def penalize_counts(
 ) -> jax.Array:
     """Minus `presence` for a token that was drawn, and `frequency` for each time."""
     drawn_BV = (counts_BV > 0).astype(logits_BV.dtype)
-    return (
+    penalized_BV = (
         logits_BV
         - presence_B[:, None] * drawn_BV
         - frequency_B[:, None] * counts_BV.astype(logits_BV.dtype)
     )
+    return _bounded(penalized_BV, logits_BV)
+
+
+def _bounded(edited_BV: jax.Array, before_BV: jax.Array) -> jax.Array:
+    """What overflows stays finite, so that no penalty forbids a token by rounding."""
+    greatest = jnp.finfo(edited_BV.dtype).max
+    bounded_BV = jnp.clip(edited_BV, -greatest, greatest)
+    return jnp.where(before_BV == -jnp.inf, -jnp.inf, bounded_BV)
 
 
 def forbid_repeated_ngrams(

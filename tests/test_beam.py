@@ -380,6 +380,14 @@ def test_nothing_is_compiled_for_other_values(tiny, compilations):
         assert n() >= 2
 
 
+def test_logits_that_are_no_numbers_end_it_with_an_error(tiny):
+    model, params = tiny
+    bad = jax.tree.map(lambda x: x, params)
+    bad["ln_f"]["bias"] = bad["ln_f"]["bias"].at[3].set(np.nan)
+    with pytest.raises(ValueError, match="prompt 0: the model's logits are not finite"):
+        run((model, bad), PROMPTS[:2], 3, 9)
+
+
 @pytest.mark.parametrize(
     ("prompts", "n", "options", "message"),
     [

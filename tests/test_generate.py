@@ -117,6 +117,25 @@ def test_nothing_is_compiled_for_another_prompt_seed_or_option(tiny, compilation
         assert n() >= 2
 
 
+def broken(params, value):
+    """With one row of wte that makes one logit infinite, or with NaN in all."""
+    params = jax.tree.map(lambda x: x, params)
+    if np.isnan(value):
+        params["ln_f"]["bias"] = params["ln_f"]["bias"].at[3].set(value)
+    else:
+        wte = params["wte"]["embedding"]
+        params["wte"]["embedding"] = wte.at[60].set(3e38 * np.sign(wte[60]))
+    return params
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_end_it_with_an_error(tiny, value):
+    model, params = tiny
+    for options in (GREEDY, {"top_k": 3}):
+        with pytest.raises(ValueError, match="prompt 0: the model's logits are not"):
+            run((model, broken(params, value)), [PROMPTS[0]], 9, **options)
+
+
 def test_seeds_reproduce_and_differ(tiny):
     first = run(tiny, PROMPTS, 20, seed=1)
     assert first == run(tiny, PROMPTS, 20, seed=1)

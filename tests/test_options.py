@@ -195,6 +195,28 @@ def test_each_option_is_a_flag_that_explains_itself():
     for name in DEFAULTS:
         assert flags.FLAGS[name].help
 
+    def given(*arguments):
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["program", *arguments], known_only=True)
+        return cli.given_options()
+
+    assert Options(**given()) == Options()
+    biases = "--logit_bias=5=-inf", "--logit_bias=6=1"
+    options = given("--stop=a", "--stop=b", "--early_stopping=never", *biases)
+    assert options["stop"] == ["a", "b"]
+    assert options["early_stopping"] == "never"
+    assert options["logit_bias"] == {5: -math.inf, 6: 1.0}
+    assert given("--stop_token_ids=7,8")["stop_token_ids"] == [7, 8]
+    for arguments, message in (
+        (["--stop="], "stop='' must be text, a character at least"),
+        (["--allowed_tokens="], "and not empty"),
+        (["--logit_bias=5"], "'' is no float"),
+        (["--logit_bias=5=1", "--logit_bias=5=2"], "'5' is given twice"),
+        (["--stop_token_ids=x"], "'x' is no int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Options(**given(*arguments))
+    given()
 
 @pytest.mark.parametrize(
     ("error", "line"),

@@ -439,6 +439,20 @@ def test_edits_in_order(with_table):
             check(out[i], expected)
 
 
+def test_penalties_that_overflow_forbid_nothing_and_stay_numbers():
+    """Of three tokens all were drawn twice; the last one is out."""
+    logits = jnp.array([[3e38, -3e38, -jnp.inf, 1.0]])
+    counts = jnp.array([[2, 2, 2, 0]])
+    seen = counts > 0
+    greatest = np.finfo(np.float32).max
+    for penalty, first, second in ((0.1, greatest, -3e37), (10.0, 3e37, -greatest)):
+        out = penalize_repetition(logits, seen, floats(penalty))
+        np.testing.assert_allclose(out, [[first, second, -np.inf, 1]], rtol=1e-6)
+    for x, end in ((3e38, -greatest), (-3e38, greatest)):
+        out = penalize_counts(logits, counts, floats(0), floats(x))
+        np.testing.assert_allclose(out, [[end, end, -np.inf, 1]], rtol=1e-6)
+
+
 def test_bias_then_repetition_then_presence_penalty():
     s = Sampling.create(B, V, repetition_penalty=2.0, presence_penalty=1.0)
     s.bias_BV[:] = 5
