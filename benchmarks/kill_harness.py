@@ -93,7 +93,7 @@ def start(workdir: Path, text: Path, ends: str) -> list[subprocess.Popen]:
 def finish(workdir: Path, text: Path, ends: str) -> int:
     """Starts the run until it is done; the number of starts that it took."""
     for attempt in range(1, 6):
-        statuses = [process.wait(600) for process in start(workdir, text, ends)]
+        statuses = [process.wait(1800) for process in start(workdir, text, ends)]
         if statuses == [0] * len(statuses):
             return attempt
     log = workdir.parent / f"{workdir.name}-0.log"
@@ -180,7 +180,7 @@ def trial(
         for process in victims:
             process.send_signal(number)
         for process in processes:
-            process.wait(300)
+            process.wait(1800)
         hit.append(f"{number.name[3:]} {last_step(workdir)}")
     return hit, saving, finish(workdir, text, ends)
 
