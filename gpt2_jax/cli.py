@@ -147,5 +147,5 @@ def _fail(error: Exception) -> int:
     )
     if missing:
         text = f"no such config file: {missing[1]}"
-    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
+    print(one_line(f"error: {text}"), file=sys.stderr, flush=True)
     return 2
