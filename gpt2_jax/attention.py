@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.checks import check_choice
+from gpt2_jax.checks import check_choice, shown
 from gpt2_jax.sharding import BATCH, compute_capability, n_batch_shards, on_cpu
 
 UNSEEN = np.finfo(np.float32).min  # finite: a row that sees nothing is not NaN
@@ -61,7 +61,7 @@ def attention_backend(
         if asked in ("auto", name) and obstacle is None:
             return name
         if asked == name:
-            raise ValueError(f"attention {name!r} cannot run: {obstacle}")
+            raise ValueError(f"attention {shown(name)} cannot run: {obstacle}")
     return "xla"
 
 

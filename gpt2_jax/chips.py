@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from gpt2_jax.checks import shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -76,8 +78,8 @@ def chip_named(name: str) -> Chip:
         if name.lower() in (*chip.names, *(kind.lower() for kind in chip.kinds)):
             return chip
     raise ValueError(
-        f"chip {name!r} is not one of {', '.join(chip.name for chip in CHIPS)}; a TPU "
-        "slice is a chip and a number of devices: v4-32 is 16 of v4"
+        f"chip {shown(name)} is not one of {', '.join(chip.name for chip in CHIPS)}; a "
+        "TPU slice is a chip and a number of devices: v4-32 is 16 of v4"
     )
 
 

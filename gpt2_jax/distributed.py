@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from gpt2_jax.checks import MESSAGE, one_line
+from gpt2_jax.checks import MESSAGE, one_line, shown
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Job:
         assert n is not None
         assert i is not None
         if not re.fullmatch(r".+:\d{1,5}", address):
-            raise ValueError(f"coordinator_address={address!r} is not HOST:PORT")
+            raise ValueError(f"coordinator_address={shown(address)} is not HOST:PORT")
         if n < 1:
             raise ValueError(f"num_processes={n} must be >= 1")
         if not 0 <= i < n:

@@ -17,6 +17,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.checks import shown
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.fields import (
     check_below_1,
@@ -51,8 +52,8 @@ class LoraConfig:
         for name in self.kernels:
             if not any(_is_named(kernel, name) for kernel in KERNELS):
                 raise ValueError(
-                    f"lora.kernels: {name!r} is not one of {', '.join(KERNELS)}, nor "
-                    "the end of one"
+                    f"lora.kernels: {shown(name)} is not one of {', '.join(KERNELS)}, "
+                    "nor the end of one"
                 )
         if not self.kernels:
             raise ValueError("lora.kernels is empty: give one at least")

@@ -276,8 +276,8 @@ def rate_factors(
     for pattern, _ in lr_scales:
         if pattern not in found:
             raise ValueError(
-                f"optim.lr_scales: {pattern!r} is found in no parameter's path, or "
-                "only where one before it is"
+                f"optim.lr_scales: {shown(pattern)} is found in no parameter's path, "
+                "or only where one before it is"
             )
     return factors
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from gpt2_jax.checks import shown
+
 FORM = "must be FIRST:LAST, two numbers of updates with 0 <= FIRST < LAST"
 
 
@@ -17,9 +19,9 @@ def parse_steps(text: str) -> range:
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
-        raise ValueError(f"profile_steps={text!r} {FORM}")
+        raise ValueError(f"profile_steps={shown(text)} {FORM}")
     if int(first) >= int(last):
-        raise ValueError(f"profile_steps={text!r} {FORM}")
+        raise ValueError(f"profile_steps={shown(text)} {FORM}")
     return range(int(first), int(last))
 
 

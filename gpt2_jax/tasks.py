@@ -424,7 +424,7 @@ def prepare(task: str, path: str, lm: LanguageModel, options: Options) -> Prepar
     if options.stride is not None and task not in TAKES_STRIDE:
         raise ValueError(f"stride={options.stride}: {task} has no windows")
     if options.target is not None and task != "lambada":
-        raise ValueError(f"target={options.target!r} is of lambada, not of {task}")
+        raise ValueError(f"target={shown(options.target)} is of lambada, not of {task}")
     reader = Reader(lm.tokenizer, lm.config.n_positions, options)
     with streams_stored(path) as files:
         prepared = TASKS[task](documents(files), reader)

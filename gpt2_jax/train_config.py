@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax import optim, sharding
 from gpt2_jax.attention import check_attention
-from gpt2_jax.checks import check_choice, check_text, integer
+from gpt2_jax.checks import check_choice, check_text, integer, shown
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import PACKINGS, mixture_shares
 from gpt2_jax.data.sft import check_template
@@ -56,7 +56,9 @@ class DataConfig:
         if self.kind == "sft" and not self.path:
             raise ValueError("data.kind=sft needs data.path, a file of examples")
         if self.kind == "text" and self.template:
-            raise ValueError(f"data.template={self.template!r} is for data.kind=sft")
+            raise ValueError(
+                f"data.template={shown(self.template)} is for data.kind=sft"
+            )
         check_range("data.vocab_size", self.vocab_size, 0)
         if self.path and not is_remote(self.path):
             user_path(self.path)

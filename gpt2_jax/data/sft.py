@@ -45,7 +45,7 @@ def check_template(template: str) -> None:
     rest = template.replace(CONTENT, "").replace("{role}", "")
     if template.count(CONTENT) != 1 or "{" in rest or "}" in rest:
         raise ValueError(
-            f"data.template={template!r} must have {CONTENT} once, and may have "
+            f"data.template={shown(template)} must have {CONTENT} once, and may have "
             "{role}: no other braces"
         )
 

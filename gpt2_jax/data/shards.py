@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import one_line, shown
 from gpt2_jax.fields import check_names, check_range, check_types
 from gpt2_jax.files import read_json, user_path
 from gpt2_jax.tokenizer import files_hash
@@ -98,7 +98,7 @@ def read_index(folder: Path) -> Index:
         for shard in split.shards:
             path = folder / user_path(shard.name)
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing")
+                raise FileNotFoundError(f"{one_line(path)} is missing")
             needed = shard.offset + shard.tokens * width
             if (size := path.stat().st_size) != needed:
                 raise ValueError(
@@ -113,7 +113,7 @@ def read_index(folder: Path) -> Index:
     if files_hash(index.tokenizer_kind, files) != index.tokenizer_hash:
         raise ValueError(
             f"{folder / 'tokenizer'} is not the tokenizer that the data were made by: "
-            f"its hash is not {index.tokenizer_hash[:12]}..."
+            f"its hash is not {one_line(index.tokenizer_hash, 12)}"
         )
     return index
 
