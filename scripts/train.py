@@ -4,9 +4,9 @@ python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 On several hosts the same command runs on each. TPU pods, Slurm, Open MPI and indexed
 Kubernetes jobs are found; elsewhere --coordinator_address=HOST:PORT --num_processes=N
---process_id=I say who is who. Exit status: 0 done; 143 or 130 stopped by SIGTERM or
-Ctrl-C, with a checkpoint; 75 a peer was lost; in these three the same command goes on.
-2 is bad input.
+--process_id=I say who is who. Exit status: 0 done; 143, 130 or 129 stopped by SIGTERM,
+Ctrl-C or a closed terminal, with a checkpoint; 75 a peer was lost; after all of these
+the same command goes on. 2 is bad input.
 """
 
 from gpt2_jax.door import run  # first: what Ctrl-C does from here on

@@ -108,6 +108,7 @@ def restart(folder: Path, *arguments: object, status: int, **env: object) -> str
         ([0], 0),
         ([2], 2),
         ([130], 130),
+        ([129], 129),
         ([127], 127),
         ([75, 75, 0], 0),
         ([143, 75, 1, 0], 0),
