@@ -222,7 +222,7 @@ def test_each_option_is_a_flag_that_explains_itself():
     ("error", "line"),
     [
         (ValueError("a\n b\x1b[2J\u202e"), "error: a b\\x1b[2J\\u202e"),
-        (ValueError("x" * 10**6), f"error: {'x' * 297}..."),
+        (ValueError("x" * 10**6), f"error: {'x' * 290}..."),
         (
             OSError(28, "No space left", "\udce9/\x07"),
             "error: No space left: \\udce9/\\x07",
