@@ -52,7 +52,6 @@ from gpt2_jax.records import append_record
 from gpt2_jax.samples import check_sample, sample_text
 from gpt2_jax.stop import StopSignals
 from gpt2_jax.tokenizer import (
-    NoTokenizer,
     Tokenizer,
     load_tokenizer,
     save_tokenizer,
@@ -215,7 +214,7 @@ def open_data(
     vocab_size = data.vocab_size or None
     if not kind and cfg.init_from:
         kind, vocab_size = str(workdir / "tokenizer"), None
-        if source is not None and not isinstance(source.tokenizer, NoTokenizer):
+        if source is not None:
             save_tokenizer(source.tokenizer, workdir / "tokenizer")
     kind = kind or "sentencepiece"
     if data.kind == "sft":

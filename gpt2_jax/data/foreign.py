@@ -26,7 +26,7 @@ from gpt2_jax.data.shards import (
 from gpt2_jax.data.sources import is_remote
 from gpt2_jax.files import check_regular, user_path
 from gpt2_jax.interop import nanogpt
-from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
+from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_hash
 
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's ids, Llama 3's
 HEADER_BYTES = 4 * 256
@@ -56,16 +56,20 @@ def tokenizer_of(folder: str | Path, given: Tokenizer | None = None) -> Tokenize
 
     It is the one that is given; or nanoGPT's table of characters in meta.pkl, which is
     read without executing anything, or meta.json; or what `load_tokenizer` finds there.
+    For a model without a tokenizer, a NoTokenizer, these may lack.
 
     Raises ValueError where there is none, and on a damaged one.
     """
     folder = user_path(folder)
-    found = given or nanogpt.tokenizer_beside(folder / "train.bin")
-    if found is not None:
+    if given is not None and not isinstance(given, NoTokenizer):
+        return given
+    if found := nanogpt.tokenizer_beside(folder / "train.bin"):
         return found
     try:
         return load_tokenizer(folder)
     except FileNotFoundError:
+        if given is not None:
+            return given
         raise ValueError(
             f"{folder} holds token shards and no tokenizer: give the path of theirs "
             "as tokenizer, mostly GPT-2's"

@@ -40,6 +40,7 @@ from gpt2_jax.data.workplace import State, Workplace, Writer, is_ours
 from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import (
+    NoTokenizer,
     Tokenizer,
     load_tokenizer,
     save_tokenizer,
@@ -175,6 +176,11 @@ def prepare(
     given = [path] if path is None or isinstance(path, str | Path) else list(path)
     if len(given) == 1 and foreign.is_foreign(given[0]):
         return _refer(user_path(str(given[0])), out, tokenizer, dtype)
+    if isinstance(tokenizer, NoTokenizer):
+        raise ValueError(
+            f"{path} is text, and the model has no tokenizer: give token shards, or a "
+            "tokenizer (data.tokenizer)"
+        )
     if dtype is not None:
         raise ValueError(f"{dtype=} is of token shards, and {path} holds none")
     streams = any(map(sources.is_stream, given))

@@ -304,7 +304,7 @@ def test_transformers_takes_our_export_without_a_warning(tmp_path, kind):
     assert theirs.eos_token_id == model.config.eos_token_id == tokenizer.eot_id
     tokens = np.array([ids])
     ours = gpt2_jax.load(tmp_path).logits(tokens)
-    assert ours.shape[-1] == tokenizer.vocab_size
+    assert ours.shape[-1] == cfg.vocab_size
     check_logits(np.asarray(ours), logits_of(model, tokens))
 
 
