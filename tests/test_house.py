@@ -95,6 +95,7 @@ HOUSE = [
     "config",
     "lock",
     "files",
+    "partial",
     "fields",
     "budget",
     "checks",

@@ -26,6 +26,7 @@ from gpt2_jax.data.corpus import default_documents
 from gpt2_jax.data.records import Records, hf_source
 from gpt2_jax.data.stored import open_file, read_lines, reading, remote, text_start
 from gpt2_jax.files import check_regular, is_url, user_path
+from gpt2_jax.partial import removed
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -382,8 +383,9 @@ def streams_stored(path: Paths | None, form: str = "auto") -> Iterator[Paths | N
     if not any(map(is_stream, given)):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield store_streams(given, Path(folder), form)[0]
+    folder = Path(tempfile.mkdtemp())
+    with removed(folder):
+        yield store_streams(given, folder, form)[0]
 
 
 def _store(path: str, stored: Path, digest: Any) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.interop.torch_file import is_torch_file, read_torch_file
 from gpt2_jax.lora import LoraConfig, init_adapters, merged
 from gpt2_jax.model import Params, abstract_params, dtype_named
+from gpt2_jax.partial import removed
 from gpt2_jax.sharding import on_device
 from gpt2_jax.tokenizer import (
     GPT2Tokenizer,
@@ -317,7 +317,7 @@ def convert(
         cfg = dataclasses.replace(cfg, vocab_size=source.n_rows)
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with removed(partial):
         if to == "llmc":
             llmc.write(partial, cfg, params, dtype=dtype)
         else:
@@ -336,10 +336,6 @@ def convert(
         if to == "orbax":
             _write_orbax(partial, source, params)
         partial.rename(out)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
 
 
 def _no_tokenizer(source: Source) -> NoTokenizer:
