@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -38,6 +37,7 @@ from gpt2_jax.contract import (
     read_contract,
 )
 from gpt2_jax.files import check_regular
+from gpt2_jax.given_up import complaints_ignored
 from gpt2_jax.integrity import checksums, digest, leaves, name_of
 from gpt2_jax.metrics import size_of
 from gpt2_jax.model import Params, unstack_layers
@@ -178,6 +178,8 @@ class Checkpoints:
         shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in leaves(tree)}
         self._save = _Save(step, shapes, {} if self._read_one_back else sums)
         self._read_one_back = True
+        ignored = contextlib.ExitStack()
+        ignored.enter_context(complaints_ignored())
         try:
             self._saver.save(
                 self._plain / str(step),
@@ -190,7 +192,9 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise what they like
             self._error = error
             self.check()
-        self._thread = threading.Thread(target=self._finish, args=(step, saved))
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, saved, ignored)
+        )
         self._thread.start()
 
     def _read_back(self) -> None:
@@ -207,12 +211,13 @@ class Checkpoints:
         except (ValueError, OSError) as error:
             raise damaged(step_folder, error) from error
 
-    def _finish(self, step: int, saved: Saved) -> None:
+    def _finish(self, step: int, saved: Saved, ignored: contextlib.ExitStack) -> None:
         """Waits for the end of a save, and removes the steps that are not kept then."""
         try:
             self._saver.wait_until_finished()
             self._saved[step] = saved
             self._remove_old()
+            ignored.close()
         except Exception as error:  # as above
             self._error = error
             if distributed.is_first():
@@ -262,7 +267,7 @@ class Checkpoints:
 
 def _reason(error: Exception) -> str:
     """Why a save failed, without what TensorStore says of its own source code."""
-    found = re.search(r"\[OS error (\d+): ", str(error))
+    found = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(found[1])) if found else one_line(error)
 
 
@@ -613,17 +618,8 @@ def _reading(step_folder: Path) -> Iterator[Path]:
         it would wait for ever.
       PermissionError: when a file may not be read.
     """
-    unraisable = sys.unraisablehook
-
-    def hook(complaint: Any) -> None:
-        if not _left_behind(complaint):
-            unraisable(complaint)
-
-    sys.unraisablehook = hook
-    asyncio_logger = logging.getLogger("asyncio")  # "exception was never retrieved"
-    asyncio_logger.disabled = True
     state = step_folder / "state"
-    with plain_path(state) as plain:
+    with complaints_ignored(), plain_path(state) as plain:
         try:
             _check_files(state)
             yield plain
@@ -632,8 +628,6 @@ def _reading(step_folder: Path) -> Iterator[Path]:
         except Exception as e:  # Orbax raises bare Exceptions on damaged files
             why = str(e.__cause__ or e).replace(str(plain), str(state))
             raise damaged(step_folder, f"state: {why}") from e
-    sys.unraisablehook = unraisable
-    asyncio_logger.disabled = False
 
 
 def _check_files(folder: Path) -> None:
@@ -642,20 +636,3 @@ def _check_files(folder: Path) -> None:
             check_regular(path)
         if not os.access(path, os.R_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-
-def _left_behind(complaint: Any) -> bool:
-    """Whether an unraisable exception comes from a read that Orbax gave up.
-
-    When one read fails, Orbax closes the event loop under the others; each of them
-    complains when it ends or is collected, before or after the error is reported.
-    """
-    if str(complaint.exc_value) == "Event loop is closed":
-        return True
-    coroutine = getattr(complaint.object, "cr_code", None)
-    files = [] if coroutine is None else [coroutine.co_filename]
-    traceback = complaint.exc_traceback
-    while traceback is not None:
-        files.append(traceback.tb_frame.f_code.co_filename)
-        traceback = traceback.tb_next
-    return any("orbax" in Path(file).parts for file in files)

@@ -133,7 +133,9 @@ def _parse(argv: list[str]) -> list[str]:
             error = flags.Error(f"a config key does not exist: {error}")
         sys.exit(_fail(error))
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax logs each save in 40 lines
+        # Orbax logs each save in 40 lines, and each that fails, which an error of ours
+        # says in one, in 200.
+        logging.set_verbosity(logging.FATAL)
     return rest
 
 

@@ -5,6 +5,7 @@ each process of a job of several runs under a small parent, the same program sta
 once more, that turns such an end into one line and an exit status.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import glob
@@ -18,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from gpt2_jax.checks import MESSAGE, one_line, shown
@@ -32,6 +34,8 @@ T = TypeVar("T")
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 _CHILD = "GPT2_JAX_STATUS_FD"  # set in the child: where it says how it ended
 _FOREVER = 30 * 24 * 3600  # seconds
+_FAILED = "gpt2_jax/failed"  # in JAX's store: a status, and why a process has failed
+_POLL, _GRACE = 1, 5  # seconds between two looks there, and until its end after one
 
 # What XLA's errors say when another process is gone or does not answer.
 _LOST = re.compile(
@@ -107,18 +111,81 @@ def run(job: Job, program: Callable[[], int]) -> int:
         return _supervise()
     pipe, parent = map(int, os.environ.pop(_CHILD).split())
     _die_with_parent(parent)
-    status = 1
+    status, ended = 1, threading.Event()
     try:
         _connect(job, pipe)
+        threading.Thread(target=_watch, args=(pipe, ended), daemon=True).start()
         status = program()
+        ended.set()
         _report(pipe, status)
         jax.distributed.shutdown()
         return status
     except BaseException as error:
+        ended.set()
         if is_lost_peer(error):
+            _end_if_told(pipe)
             _lose(pipe, one_line(error, 200))
-        _report(pipe, 2 if isinstance(error, ValueError | OSError) else status)
+        if isinstance(error, ValueError | OSError):
+            status = 2
+        _report(pipe, status)
+        if isinstance(error, Exception):
+            _tell(f"{status} process {jax.process_index()}: {one_line(error)}")
         raise
+
+
+def _watch(pipe: int, ended: threading.Event) -> None:
+    """Ends this process after another has failed: it may be waiting for that one.
+
+    It is given a while to fail by itself, with its own words.
+    """
+    while not ended.wait(_POLL):
+        if _told() is not None and not ended.wait(_GRACE):
+            _end_if_told(pipe)
+
+
+def _tell(why: str) -> None:
+    """Says to the other processes why this one has failed, and waits until they know.
+
+    It may be the one that they learn it from: JAX's store is in process 0.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone already
+        _store().key_value_set(_FAILED, why, allow_overwrite=True)
+        _until_all_know()
+
+
+def _store() -> Any:
+    """The keys and values that all processes see. JAX has no public way to them."""
+    return global_state.client
+
+
+def _until_all_know() -> None:
+    wait = ocp.multihost.get_barrier_sync_fn()
+    wait(key=f"{_FAILED}/known", timeout_ms=1000 * (_GRACE + 20))
+    if is_first():
+        time.sleep(
+            _POLL
+        )  # JAX aborts those that are still there when its store is gone
+
+
+def _told() -> str | None:
+    try:
+        return str(_store().key_value_try_get(_FAILED))
+    except jax.errors.JaxRuntimeError:  # none has said so
+        return None
+
+
+def _end_if_told(pipe: int) -> None:
+    if (told := _told()) is None:
+        return
+    status, _, why = told.partition(" ")
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    _report(pipe, int(status))
+    sys.stdout.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _until_all_know()
+    os._exit(int(status))
 
 
 def detected(environ: Mapping[str, str]) -> bool:

@@ -47,6 +47,7 @@ HOUSE = [
     "detokenize",
     "interop.formats",
     "checkpoint",
+    "given_up",
     "contract",
     "retention",
     "integrity",
