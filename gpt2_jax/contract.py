@@ -27,6 +27,9 @@ _META = {
     "checksums": dict,
 }
 _LATER = {"examples": int | None, "due": bool | None, "interim": bool | None}
+_MODEL = dict.fromkeys(
+    ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), int
+)
 _TOKENIZER = {"kind": str, "sha256": str, "vocab_size": int}
 _BASE = {"model": str, "step": int | None, "sha256": str}
 _BEST = {"step": int, "val_loss": float, "since": int}
@@ -108,6 +111,7 @@ def parse_contract(meta: Any, files: Any) -> Contract:
         raise ValueError(f"meta: format={said['format']} is not {FORMAT}")
     if not 0 <= said["step"] <= _LARGEST:
         raise ValueError(f"meta: step={shown(said['step'])} is not in 0 .. {_LARGEST}")
+    check_fields("meta: model", said["model"], _MODEL)
     check_fields("meta: tokenizer", said["tokenizer"], _TOKENIZER)
     run = said["run"]
     check_fields("meta: run", run, {k: v for k, v in _RUN.items() if k in run})
@@ -143,7 +147,8 @@ def _digest(said: dict[str, Any]) -> str:
 
 
 def _tokenizer(said: Mapping[str, Any], files: Any) -> Tokenizer:
-    check_fields("tokenizer", files, dict.fromkeys(files, str) if files else {})
+    check_fields("tokenizer", files, {})
+    check_fields("tokenizer", files, dict.fromkeys(files, str))
     contents = {name: base64.b64decode(text) for name, text in files.items()}
     tokenizer = tokenizer_from_files(said["kind"], contents)
     if tokenizer_hash(tokenizer) != said["sha256"]:

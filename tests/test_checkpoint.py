@@ -389,3 +389,122 @@ def test_a_save_that_was_cut_short_is_no_checkpoint(saved, tmp_path):
 def test_keep_last_is_checked(tmp_path):
     with pytest.raises(ValueError, match="keep_last=0 must be >= 1"):
         Checkpoints(tmp_path, keep_last=0)
+
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a*b?", "back\\slash", "\udcff", "**"])
+def test_a_folder_of_any_name_is_no_pattern(saved, tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    save(folder, saved[1])
+    back = restore(folder / "3", make_mesh(8, 1, 1))
+    jax.tree.map(np.testing.assert_array_equal, back, checkpoint.as_tree(saved[1]))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert checkpoint.find_step(tmp_path / name) == folder / "3"
+
+
+def test_arrays_that_lost_their_index_are_joined_anew(two_steps, tmp_path, capfd):
+    """What versions before this one left in a folder with brackets in its path."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    for step in (3, 5):
+        (folder / f"{step}/state/manifest.ocdbt").unlink()
+        shutil.rmtree(folder / f"{step}/state/d")
+    mesh = make_mesh(8, 1, 1)
+    abstract = checkpoint.as_tree(abstract_state(GPT2(TINY), OPTIMIZER, mesh))
+    contract, tree = checkpoint.latest_sound(folder, lambda: abstract, lambda *_: None)
+    assert contract.step == 5
+    expected = checkpoint.as_tree(a_state(mesh, 5, seed=1))
+    jax.tree.map(np.testing.assert_array_equal, tree, expected)
+    assert "damaged" not in capfd.readouterr().err
+    # and those that were set aside by such a version are offered
+    (tmp_path / "damaged").mkdir()
+    (folder / "3").rename(tmp_path / "damaged/3")
+    shutil.rmtree(folder / "5")
+    with pytest.raises(DamagedCheckpointError, match="move 3 back, which can be read"):
+        checkpoint.latest_sound(folder, dict, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n"), [*((kind, 1) for kind in DAMAGE), ("data gone", 2)]
+)
+def test_a_save_that_is_not_whole_ends_the_run(tmp_path, monkeypatch, kind, n):
+    mesh = make_mesh(8, 1, 1)
+    checkpoints = Checkpoints(tmp_path, keep_last=9)
+
+    def save_next(step):
+        checkpoints.save(
+            a_state(mesh, step), model=TINY, run={}, tokenizer=ByteTokenizer()
+        )
+        checkpoints.wait()
+
+    for step in range(1, n):
+        save_next(step)
+    read_contract = checkpoint.read_contract  # which is what is read back first
+
+    def spoil(step_folder):
+        DAMAGE[kind](step_folder)
+        return read_contract(step_folder)
+
+    monkeypatch.setattr(checkpoint, "read_contract", spoil)
+    with pytest.raises(OSError, match=rf"checkpoint .*{n} could not be saved: "):
+        save_next(n)
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"][: n - 1]
+
+
+def test_a_merge_that_does_nothing_is_found(tmp_path, monkeypatch):
+    async def no_merge(*args, **kwargs):
+        pass
+
+    monkeypatch.setattr(
+        "orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files",
+        no_merge,
+    )
+    with pytest.raises(OSError, match=r"1 could not be saved: .*Manifest not found"):
+        save(tmp_path, a_state(make_mesh(8, 1, 1), 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+OBSTACLES = {
+    "a dangling link": lambda p: (p / "99").symlink_to("/not/mounted/99"),
+    "a link to itself": lambda p: (p / "99").symlink_to(p / "99"),
+    "a link to a step": lambda p: (p / "99").symlink_to(p / "5"),
+    "a file": lambda p: (p / "99").touch(),
+    "a FIFO": lambda p: os.mkfifo(p / "99"),
+}
+STRAYS = ["0099", "٩٩", "99²", "²", "-99", " 99", "99 ", "+99", "9_9", "9e9", "12.bak"]
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_what_stands_in_the_place_of_a_step_is_named(two_steps, tmp_path, kind):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    OBSTACLES[kind](folder)
+    message = r"checkpoints/99 has the name of a checkpoint and is (a symbolic|no)"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.latest_sound(folder, dict, lambda *_: None)
+    for step in (None, "best"):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.find_step(tmp_path, step)
+    assert checkpoint.find_step(tmp_path, 3) == folder / "3"
+
+
+def test_what_has_no_name_of_a_step_is_left_alone(two_steps, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    for name in STRAYS:
+        shutil.copytree(folder / "5", folder / name)
+    (folder / "link").symlink_to(folder / "link")
+    assert checkpoint.check_steps(folder) == [3, 5]
+    for step in ("٣", "²", "-3", " 3", "3.0", "9" * 5000):
+        with pytest.raises(ValueError, match="is neither a number nor 'best'"):
+            checkpoint.find_step(tmp_path, step)
+    save(folder, a_state(make_mesh(8, 1, 1), 6))  # no save is skipped for their sake
+    assert checkpoint.check_steps(folder) == [3, 5, 6]
+    assert {path.name for path in folder.iterdir()} >= {*STRAYS}
+
+
+def test_special_files_in_a_step_are_damage(copy):
+    (copy / "state/_METADATA").unlink()
+    os.mkfifo(copy / "state/_METADATA")
+    with pytest.raises(DamagedCheckpointError, match="_METADATA is a FIFO"):
+        restore(copy, make_mesh(8, 1, 1))
