@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def _silence_threads() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    logging.set_verbosity(logging.ERROR)  # what is wrong is said once, below
     try:
         with warnings.catch_warnings():
             # ml_collections 1.1 loads config files by a deprecated method.
@@ -125,18 +126,27 @@ def _parse(argv: list[str]) -> list[str]:
             rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}")
-    except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
-        # The config file is read and its keys are set while flags are parsed.
+    # The config file, a program that may raise anything, is run while flags are parsed.
+    except Exception as error:
         if "--traceback" in argv:
             raise
-        if isinstance(error, AttributeError):
-            error = flags.Error(f"a config key does not exist: {error}")
-        sys.exit(_fail(error))
+        sys.exit(_fail(_of_config(error, argv)))
     if not flags.FLAGS["verbosity"].present:
         # Orbax logs each save in 40 lines, and each that fails, which an error of ours
         # says in one, in 200.
         logging.set_verbosity(logging.FATAL)
     return rest
+
+
+def _of_config(error: Exception, argv: Sequence[str]) -> Exception:
+    """The error of parsing flags, which names the config file where that raised it."""
+    if isinstance(error, AttributeError) and "has no attribute" not in str(error):
+        return flags.Error(f"a config key does not exist: {error}")
+    if isinstance(error, flags.Error | TypeError | ValueError | OSError):
+        return error
+    given = [x.partition("=")[2] for x in argv if x.startswith("--config=")]
+    kind = type(error).__name__
+    return flags.Error(f"the config file {''.join(given[-1:])}: {kind}: {error}")
 
 
 def _fail(error: Exception) -> int:

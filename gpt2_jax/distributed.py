@@ -28,6 +28,7 @@ from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from gpt2_jax.checks import MESSAGE, one_line, shown
+from gpt2_jax.fields import check_range
 
 T = TypeVar("T")
 
@@ -69,8 +70,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("start_timeout", "peer_timeout"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 1 second")
+            check_range(name, getattr(self, name), 1)  # seconds
         names = ("coordinator_address", "num_processes", "process_id")
         missing = [name for name in names if getattr(self, name) is None]
         if len(missing) == 3 or self.is_alone:

@@ -16,6 +16,7 @@ from gpt2_jax.batches import in_order
 from gpt2_jax.checks import check_text, integer
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.sft import sft_splits
+from gpt2_jax.fields import check_range
 from gpt2_jax.files import is_url, user_path
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
@@ -134,6 +135,7 @@ def evaluate_run(
         there, or the data are of another tokenizer.
     """
     check_dtype(dtype)
+    check_range("batch_size", batch_size, 1)
     check_text("split", split)
     if integer("batch_size", batch_size) < 1:
         raise ValueError(f"{batch_size=} must be >= 1")

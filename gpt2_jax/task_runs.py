@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gpt2_jax.checks import check_choice, integer, shown
 from gpt2_jax.data.stored import read_lines
+from gpt2_jax.fields import check_range
 from gpt2_jax.files import parse_json, user_path
 from gpt2_jax.lm import LanguageModel, load
 from gpt2_jax.score import Row, Score
@@ -60,8 +61,8 @@ def evaluate_task(
     out = None if out is None else user_path(out)
     if out is not None and out.suffix != ".json":
         raise ValueError(f"out={str(out)!r} must end in .json")
-    if batch_size is not None and integer("batch_size", batch_size) < 1:
-        raise ValueError(f"{batch_size=} must be >= 1")
+    if batch_size is not None:
+        check_range("batch_size", integer("batch_size", batch_size), 1)
     check_choice("task", task, TASKS)
     mesh = make_mesh() if jax.device_count() > 1 else None
     lm = load(model, step=step, dtype=dtype, mesh=mesh)

@@ -35,8 +35,8 @@ SLURM = {
         (("host:1", 0, 0), "num_processes=0 must be >= 1"),
         (("host:1", 2, 2), r"process_id=2 is not in 0 .. num_processes - 1 = 1"),
         (("host:1", 2, -1), "process_id=-1 is not in"),
-        (("host:1", 2, 0, 0), "start_timeout=0 must be >= 1 second"),
-        ((None, None, None, 1, 0), "peer_timeout=0 must be >= 1 second"),
+        (("host:1", 2, 0, 0), "start_timeout=0 must be >= 1"),
+        ((None, None, None, 1, 0), "peer_timeout=0 must be >= 1"),
     ],
 )
 def test_an_impossible_job_is_refused_by_name(values, message):
