@@ -31,7 +31,7 @@ _MODEL = dict.fromkeys(
     ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), int
 )
 _TOKENIZER = {"kind": str, "sha256": str, "vocab_size": int}
-_BASE = {"model": str, "step": int | None, "sha256": str}
+_BASE = {"model": str, "step": int | None, "sha256": str, "beside": str | None}
 _BEST = {"step": int, "val_loss": float, "since": int}
 # What is read of the configuration of a run. It is empty where a model was converted;
 # other keys may be missing, which have come since a run was begun.

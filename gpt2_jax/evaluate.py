@@ -15,9 +15,10 @@ from gpt2_jax import checkpoint, sharding
 from gpt2_jax.batches import in_order
 from gpt2_jax.checks import check_text, integer
 from gpt2_jax.data.loader import Examples, TextExamples
+from gpt2_jax.data.run_data import kept_examples, run_folders
 from gpt2_jax.data.sft import sft_splits
 from gpt2_jax.fields import check_range
-from gpt2_jax.files import is_url, user_path
+from gpt2_jax.files import user_path
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.model import GPT2, Params, abstract_params
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_hash
@@ -84,12 +85,7 @@ def _text_split(
     block_size: int,
     workdir: str | Path,
 ) -> Examples:
-    folders = [Path(workdir) / "data"]
-    if data.get("mixture"):
-        folders = [user_path(path) for path, _ in data["mixture"]]
-    elif data["path"] and not is_url(data["path"]):
-        given = user_path(data["path"])
-        folders = [given] if (given / "index.json").is_file() else folders
+    folders = run_folders(data, Path(workdir)) or [Path(workdir) / "data"]
     packing = data.get("packing", "flat")
     examples = TextExamples(folders, split, block_size=block_size, packing=packing)
     if examples.parts[0].index.tokenizer_hash != tokenizer_hash(tokenizer):
@@ -98,10 +94,14 @@ def _text_split(
 
 
 def _sft_split(
-    data: Mapping[str, Any], split: str, tokenizer: Tokenizer, block_size: int
+    data: Mapping[str, Any],
+    split: str,
+    tokenizer: Tokenizer,
+    block_size: int,
+    workdir: str | Path,
 ) -> Examples:
     splits, _ = sft_splits(
-        data["path"],
+        kept_examples(Path(workdir)) or data["path"],
         tokenizer,
         template=data["template"],
         fractions=data["splits"],
@@ -144,7 +144,7 @@ def evaluate_run(
     contract = checkpoint.read_contract(folder)
     data, block_size = contract.run["data"], contract.run["block_size"]
     if data.get("kind") == "sft":
-        examples = _sft_split(data, split, contract.tokenizer, block_size)
+        examples = _sft_split(data, split, contract.tokenizer, block_size, workdir)
     else:
         examples = _text_split(data, split, contract.tokenizer, block_size, workdir)
     mesh = sharding.make_mesh()

@@ -1,5 +1,7 @@
 """Runs that begin with the weights of another model, whoever wrote it."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +26,12 @@ def open_base(init_from: str) -> Source:
 
 
 def adapted(
-    init_from: str, source: Source, model: GPT2, tokenizer: Tokenizer, mesh: Mesh
+    init_from: str,
+    source: Source,
+    model: GPT2,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    workdir: Path,
 ) -> tuple[Params, dict[str, Any]]:
     """The parameters that a run adapts, and what its checkpoints say of them.
 
@@ -43,8 +50,11 @@ def adapted(
             )
     params = load_params(source, model.cfg, tokenizer, mesh, seed=0)
     path = user_path(init_from)
+    is_here = path.exists()
+    beside = os.path.relpath(path.resolve(), workdir.resolve())
     said = {
-        "model": str(path.resolve()) if path.exists() else init_from,
+        "model": str(path.resolve()) if is_here else init_from,
+        "beside": beside if is_here else None,  # found there when both were moved
         "step": source.step,
         "sha256": params_hash(params),
     }

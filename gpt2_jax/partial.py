@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -40,3 +41,21 @@ def removed(path: Path) -> Iterator[None]:
         remove()
         if ends_at_once:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def appears_whole(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write a file or folder to, which then becomes `out`.
+
+    Its name is its own, so that two processes that write the same do not mix.
+
+    Raises:
+      FileExistsError: when `out` has come to be there.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:8]}")
+    with removed(partial):
+        yield partial
+        if out.exists():
+            raise FileExistsError(f"{out} exists already")
+        partial.rename(out)

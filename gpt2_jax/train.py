@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -27,9 +26,14 @@ from gpt2_jax.batches import Ahead, in_order, spread
 from gpt2_jax.checks import one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.loader import Examples, TextExamples, check_length
-from gpt2_jax.data.prepare import load_index, prepared_folder
+from gpt2_jax.data.prepare import load_index
+from gpt2_jax.data.run_data import (
+    examples_tokenizer,
+    prepared_folder,
+    run_examples,
+    run_folders,
+)
 from gpt2_jax.data.sft import sft_splits
-from gpt2_jax.data.tokenizers import build_tokenizer
 from gpt2_jax.environment import environment
 from gpt2_jax.evaluate import evaluate, make_eval_step
 from gpt2_jax.files import user_path
@@ -159,7 +163,9 @@ def _train(
             since = position(cfg, contract)
             if contract.base is not None:
                 places = sharding.tree_shardings(abstract_params(model.cfg), mesh)
-                params = load_base(contract.base, places, f"{workdir} adapts")
+                params = load_base(
+                    contract.base, places, f"{workdir} adapts", workdir, cfg.init_from
+                )
                 adapted = params, contract.base
         else:
             contract, since = None, BEGINNING
@@ -167,7 +173,7 @@ def _train(
                 _note_changes(cfg.init_from, source.config, model.cfg)
             if source is not None and cfg.adapters:
                 adapted = finetune.adapted(
-                    cfg.init_from, source, model, tokenizer, mesh
+                    cfg.init_from, source, model, tokenizer, mesh, workdir
                 )
             if source is not None and not cfg.adapters:
                 params = finetune.load_params(
@@ -223,10 +229,9 @@ def open_data(
                 f"data.tokenizer={kind} is not trained on examples: give bytes, a "
                 "path, or init_from"
             )
-        tokenizer = build_tokenizer(kind, vocab_size=vocab_size)
-        _check_unchanged(user_path(data.path), workdir)
+        tokenizer = examples_tokenizer(kind, vocab_size, workdir)
         splits, n_cut = sft_splits(
-            data.path,
+            run_examples(data.path, workdir),
             tokenizer,
             template=data.template,
             fractions=data.splits,
@@ -236,7 +241,7 @@ def open_data(
         if n_cut:
             _note(f"{n_cut} examples of more than block_size + 1 tokens were cut")
         return tokenizer, dict(splits)
-    folders = [user_path(path) for path, _ in data.mixture] or [
+    folders = run_folders(dataclasses.asdict(data), workdir, keep=True) or [
         prepared_folder(
             data.path or None,
             workdir / "data",
@@ -269,19 +274,6 @@ def check_splits(cfg: TrainConfig, data: Mapping[str, Examples]) -> None:
         data["validation"].evaluation(cfg.eval.examples or None)
     elif cfg.eval.patience:
         raise ValueError(f"eval.patience={cfg.eval.patience} needs a validation split")
-
-
-def _check_unchanged(path: Path, workdir: Path) -> None:
-    """Raises ValueError when a file of examples is not what a run began with."""
-    if not path.is_file():
-        return  # which is said elsewhere
-    mark, digest = workdir / "examples.sha256", hashlib.sha256(path.read_bytes())
-    if not (workdir / "checkpoints").is_dir():
-        mark.write_text(digest.hexdigest(), encoding="utf-8")
-    elif mark.exists() and mark.read_text(encoding="utf-8") != digest.hexdigest():
-        raise ValueError(
-            f"{path} has changed since this run began: choose another workdir"
-        )
 
 
 def make_model(

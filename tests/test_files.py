@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from gpt2_jax.checks import one_line, shown
-from gpt2_jax.files import check_regular, parse_json, read_json, user_path
+from gpt2_jax.files import (
+    check_regular,
+    parse_json,
+    read_json,
+    user_path,
+)
 
 
 def test_messages_are_one_line_of_plain_text():

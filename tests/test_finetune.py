@@ -229,6 +229,16 @@ def test_adapters_resume_and_miss_their_base(base, adapted, texts, tmp_path):
             dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=3)),
             tmp_path / "cut",
         )
+    # both are moved, or the base alone
+    (tmp_path / "new").mkdir()
+    for name in ("base", "cut"):
+        (tmp_path / name).rename(tmp_path / "new" / name)
+    assert gpt2_jax.load(tmp_path / "new/cut").step == cfg.steps
+    (tmp_path / "new/base").rename(tmp_path / "elsewhere")
+    elsewhere = dataclasses.replace(cfg, init_from=str(tmp_path / "elsewhere"))
+    assert train(elsewhere, tmp_path / "new/cut").step == cfg.steps
+    for name, place in (("elsewhere", "base"), ("new/cut", "cut")):
+        (tmp_path / name).rename(tmp_path / place)
     # another model in the place of the base, and none
     other = checkpoint.find_step(tmp_path / "base")
     shutil.rmtree(tmp_path / "base")
@@ -323,12 +333,13 @@ def test_a_run_of_examples(base, examples, tmp_path):
     lm = gpt2_jax.load(tmp_path / "run")
     texts = lm.generate([f"{i}: " for i in range(5)], temperature=0, max_new_tokens=8)
     assert texts == [c * 3 for c in "abcde"]
-    result, _ = evaluate_run(tmp_path / "run", "validation", batch_size=8)
-    assert result.tokens == 4 * 3  # of 3 examples: three letters and the end
-    assert result.loss == pytest.approx(val_losses(tmp_path / "run")[-1], rel=1e-5)
     path.write_text(json.dumps(LINES[0]))
     with pytest.raises(ValueError, match=r"jsonl has changed since this run began"):
         train(config(**values, init_from=str(base)), tmp_path / "run")
+    # what the run began with is in its folder
+    result, _ = evaluate_run(tmp_path / "run", "validation", batch_size=8)
+    assert result.tokens == 4 * 3  # of 3 examples: three letters and the end
+    assert result.loss == pytest.approx(val_losses(tmp_path / "run")[-1], rel=1e-5)
 
 
 @pytest.mark.parametrize("lora__rank", [0, 2])

@@ -54,6 +54,7 @@ HOUSE = [
     "plain_path",
     "data.sft",
     "data.loader",
+    "data.run_data",
     "data.prepare",
     "data.workplace",
     "data.encode",

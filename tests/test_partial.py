@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gpt2_jax.partial import removed
+from gpt2_jax.partial import appears_whole, removed
 
 
 def write(path, kind):
@@ -41,7 +41,7 @@ def test_what_is_done_stays(tmp_path):
 def test_at_ctrl_c_in_a_program(tmp_path, kind):
     code = (
         "from gpt2_jax import door; import time, pathlib, sys\n"
-        "from gpt2_jax.partial import removed\n"
+        "from gpt2_jax.partial import appears_whole, removed\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "with removed(path):\n"
         + ("    path.mkdir(); path /= 'part'\n" if kind == "folder" else "")
@@ -58,3 +58,23 @@ def test_at_ctrl_c_in_a_program(tmp_path, kind):
         assert process.wait() == -signal.SIGINT
         assert process.stderr.read() == b""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_of_two_that_write_the_same_one_wins_whole(tmp_path, is_folder):
+    out = tmp_path / "new/out"
+
+    def write(text, meanwhile):
+        with appears_whole(out) as path:
+            if is_folder:
+                path.mkdir()
+                path = path / "text"
+            path.write_text(text)
+            meanwhile()
+
+    with pytest.raises(ZeroDivisionError):
+        write("0", lambda: 1 / 0)
+    with pytest.raises(FileExistsError, match="out exists already"):
+        write("slow", lambda: write("fast", lambda: None))
+    assert (out / "text" if is_folder else out).read_text() == "fast"
+    assert list(out.parent.iterdir()) == [out]

@@ -6,6 +6,7 @@ a magic number, a version and the number of tokens.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,16 @@ def fingerprint(folder: str | Path, tokenizer: Tokenizer) -> dict[str, object]:
         "documents": digest.hexdigest(),
         "tokenizer": tokenizer_hash(tokenizer),
     }
+
+
+def content_hash(folder: str | Path) -> str:
+    """Of what the shards hold, whatever their times are: all are read."""
+    digest = hashlib.sha256()
+    for _, file in _shards(user_path(folder)):
+        with file.open("rb") as stored:
+            content = hashlib.file_digest(stored, "sha256").hexdigest()
+        digest.update(os.fsencode(f"{file.name}\0{content}\0"))
+    return digest.hexdigest()
 
 
 def read_index(

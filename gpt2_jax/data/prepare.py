@@ -69,23 +69,20 @@ def fingerprint(
     """
     found = sources.documents(path, field=field, form=form)
     return {
-        **_text_fingerprint(path, found, splits, seed),
-        **_tokenizer_fingerprint(tokenizer, vocab_size),
+        **cut_fingerprint(path, splits, seed),
+        **text_fingerprint(found),
+        **tokenizer_fingerprint(tokenizer, vocab_size),
     }
 
 
-def _tokenizer_fingerprint(tokenizer: str, vocab_size: int | None) -> dict[str, Any]:
+def tokenizer_fingerprint(tokenizer: str, vocab_size: int | None) -> dict[str, Any]:
     if tokenizer not in KINDS:
         tokenizer = tokenizer_hash(load_tokenizer(tokenizer))
     return {"tokenizer": tokenizer, "vocab_size": vocab_size}
 
 
-def _text_fingerprint(
-    path: Paths | None,
-    found: Sequence[Document | Records],
-    splits: Sequence[float],
-    seed: int,
-) -> dict[str, Any]:
+def text_fingerprint(found: Sequence[Document | Records]) -> dict[str, Any]:
+    """Of the documents of a source: by names, sizes and times."""
     digest = hashlib.sha256()
     for source in found:
         digest.update(os.fsencode(f"{source.name}\0{source.size}\0"))
@@ -96,13 +93,32 @@ def _text_fingerprint(
         if isinstance(source, Records):
             digest.update(f"{source.form}\0{source.field}\0".encode())
     return {
-        **_cut_fingerprint(path, splits, seed),
         "bytes": sum(source.size or 0 for source in found),
         "documents": digest.hexdigest(),
     }
 
 
-def _cut_fingerprint(
+def content_hash(found: Sequence[Document | Records]) -> str:
+    """Of what documents hold, in their order, whatever their names and times are.
+
+    All files are read, but not those of other machines, which have stamps.
+    """
+    digest = hashlib.sha256()
+    for source in found:
+        if isinstance(source, Document) and source.text is not None:
+            content = hashlib.sha256(source.text).hexdigest()
+        elif is_remote(source.name):
+            content = f"{source.name}\0{source.stamp}"
+        else:
+            with user_path(source.name).open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{content}\0{source.size}\0".encode())
+        if isinstance(source, Records):
+            digest.update(f"{source.form}\0{source.field}\0".encode())
+    return digest.hexdigest()
+
+
+def cut_fingerprint(
     path: Paths | None, splits: Sequence[float], seed: int
 ) -> dict[str, Any]:
     return {
@@ -197,7 +213,7 @@ def prepare(
                 replace(each, stamp=digest) if work.holds(each.name) else each
                 for each in sources.documents(path, field=field, form=form)
             ]
-        asked = _text_fingerprint(path, found, splits, seed)
+        asked = {**cut_fingerprint(path, splits, seed), **text_fingerprint(found)}
         if isinstance(tokenizer, str):
             asked |= {"tokenizer": tokenizer, "vocab_size": vocab_size}
             request = asked
@@ -256,7 +272,7 @@ def prepare(
             tokenizer_kind=tokenizer.kind,
             tokenizer_hash=tokenizer_hash(tokenizer),
             splits={name: writer.summary() for name, writer in writers.items()},
-            source=dict(source or asked),
+            source={**(source or asked), "content": content_hash(found)},
         )
         work.publish(index)
     return index
@@ -267,16 +283,18 @@ def _refer(
 ) -> Index:
     """An index in `out` of shards that stay where they are."""
     index = foreign.read_index(
-        folder, _foreign_tokenizer(folder, tokenizer), dtype=dtype
+        folder, foreign_tokenizer(folder, tokenizer), dtype=dtype
     )
+    content = {"content": foreign.content_hash(folder)}
+    index = replace(index, source={**index.source, **content})
     with Workplace(out) as work:
         work.resume(index.source)
-        save_tokenizer(_foreign_tokenizer(folder, tokenizer), work.folder / "tokenizer")
+        save_tokenizer(foreign_tokenizer(folder, tokenizer), work.folder / "tokenizer")
         work.publish(index)
     return index
 
 
-def _foreign_tokenizer(folder: Path, tokenizer: Tokenizer | str) -> Tokenizer:
+def foreign_tokenizer(folder: Path, tokenizer: Tokenizer | str) -> Tokenizer:
     """Nothing can be trained on ids: only a path, bytes or a tokenizer is one given."""
     if tokenizer in ("sentencepiece", "char"):
         return foreign.tokenizer_of(folder)
@@ -330,55 +348,3 @@ def load_index(folder: str | Path) -> Index:
     if foreign.is_foreign(folder):
         return foreign.read_index(folder, foreign.tokenizer_of(folder))
     return read_index(user_path(folder))
-
-
-def prepared_folder(
-    path: str | Path | None,
-    out: Path,
-    *,
-    tokenizer: str,
-    vocab_size: int | None,
-    splits: Sequence[float],
-) -> Path:
-    """The folder of token shards for a run: `path` itself, or `out`, made when missing.
-
-    Args:
-      path: a prepared folder, or text or others' shards as for `prepare`.
-      out: where text is prepared; used again when it fits this request.
-      tokenizer, vocab_size: as for `build_tokenizer`.
-      splits: as for `prepare`.
-
-    Raises:
-      ValueError: when `out` holds data that were asked for in another way; and as
-        `prepare` and `load_index`.
-    """
-    if path is not None and not is_remote(path):
-        given = user_path(path)
-        if (given / "index.json").is_file():
-            load_index(given)
-            return given
-    is_there = (out / "index.json").is_file()
-    if path is not None and foreign.is_foreign(path):
-        chosen = _foreign_tokenizer(user_path(path), tokenizer)
-        source: Mapping[str, Any] = foreign.fingerprint(path, chosen)
-    elif path is None and is_there:
-        # Python's own text changes with its version, and takes a second to collect.
-        source = {
-            **_cut_fingerprint(None, splits, seed=0),
-            **_tokenizer_fingerprint(tokenizer, vocab_size),
-        }
-    else:
-        source = fingerprint(
-            path, tokenizer=tokenizer, vocab_size=vocab_size, splits=splits
-        )
-    if is_there:
-        found = load_index(out).source
-        for name, value in source.items():
-            if found.get(name) != value:
-                raise ValueError(
-                    f"{out} was prepared with {name}={found.get(name)}, this run asks "
-                    f"for {value}: choose another workdir or the same data"
-                )
-        return out
-    prepare(path, out, tokenizer, vocab_size=vocab_size, splits=splits, source=source)
-    return out

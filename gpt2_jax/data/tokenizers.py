@@ -2,7 +2,6 @@
 
 import hashlib
 import heapq
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from gpt2_jax.data.shards import MOST
 from gpt2_jax.data.sources import Paths
 from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.files import user_path
+from gpt2_jax.partial import appears_whole
 from gpt2_jax.tokenizer import (
     SENTENCEPIECE_MODELS,
     ByteTokenizer,
@@ -143,10 +143,8 @@ def train_tokenizer(
                 byte_fallback=byte_fallback,
                 special_tokens=special_tokens,
             )
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_tokenizer(tokenizer, partial)
-    partial.rename(out)
+    with appears_whole(out) as partial:
+        save_tokenizer(tokenizer, partial)
     return tokenizer
 
 

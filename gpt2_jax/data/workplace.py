@@ -183,11 +183,11 @@ class Workplace:
         """From now on a killed run goes on at `state`."""
         for writer in writers:
             writer.sync()
-        _write(self._state, {"request": self._request, **asdict(state)})
+        write_json(self._state, {"request": self._request, **asdict(state)})
 
     def publish(self, index: Index) -> None:
         """The folder becomes `out`."""
-        _write(self.folder / "index.json", asdict(index))
+        write_json(self.folder / "index.json", asdict(index))
         for path in self.folder.glob("stdin*"):
             path.unlink()
         old = self.out.with_name(f"{self.out.name}.old")
@@ -208,7 +208,7 @@ def _read_state(kept: Mapping[str, Any]) -> State:
     )
 
 
-def _write(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """JSON that is there whole, or as it was before, whenever the machine stops."""
     temporary = path.with_name(f"{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:

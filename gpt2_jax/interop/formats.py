@@ -24,7 +24,7 @@ from gpt2_jax.interop.tensors import Tensor
 from gpt2_jax.interop.torch_file import is_torch_file, read_torch_file
 from gpt2_jax.lora import LoraConfig, init_adapters, merged
 from gpt2_jax.model import Params, abstract_params, dtype_named
-from gpt2_jax.partial import removed
+from gpt2_jax.partial import appears_whole
 from gpt2_jax.sharding import on_device
 from gpt2_jax.tokenizer import (
     GPT2Tokenizer,
@@ -210,28 +210,42 @@ def _load_adapted(folder: Path, contract: Contract, shardings: Any) -> Params:
         place = NamedSharding(place.mesh, PartitionSpec())
     places = jax.tree.map(lambda _: place, shapes)
     adapters = _restore(folder, contract, shapes, places)
-    base = load_base(contract.base, shardings, f"checkpoint {folder} holds adapters of")
+    what = f"checkpoint {folder} holds adapters of"
+    base = load_base(contract.base, shardings, what, folder.parent.parent)
     return merged(base, adapters, lora)
 
 
-def load_base(said: Mapping[str, Any], shardings: Any, what: str) -> Params:
+def load_base(
+    said: Mapping[str, Any],
+    shardings: Any,
+    what: str,
+    workdir: Path,
+    init_from: str = "",
+) -> Params:
     """The parameters that adapters belong to, float32.
 
     Args:
       said: as of `checkpoint.Contract.base`.
       what: begins an error's text.
+      workdir: of the adapters; where both were moved, the base is found from there.
+      init_from: another place where the base may be.
 
     Raises:
       ValueError: when they are not there, or no longer what they were.
     """
-    try:
-        source = open_model(said["model"], step=said["step"])
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{what} {said['model']}: {error}") from error
-    params = source.load(jnp.float32, shardings)
-    if params_hash(params) != said["sha256"]:
-        raise ValueError(f"{what} {said['model']}, whose parameters are others now")
-    return params
+    beside = str(workdir / said["beside"]) if said.get("beside") else ""
+    why = ""
+    for place in filter(None, dict.fromkeys([said["model"], beside, init_from])):
+        try:
+            source = open_model(place, step=said["step"])
+        except (ValueError, OSError) as error:
+            why = why or f": {error}"
+            continue
+        params = source.load(jnp.float32, shardings)
+        if params_hash(params) == said["sha256"]:
+            return params
+        why = why or ", whose parameters are others now"
+    raise ValueError(f"{what} {said['model']}{why}")
 
 
 def _foreign(
@@ -315,9 +329,7 @@ def convert(
     cfg = source.config
     if to != "orbax" and source.n_rows is not None:
         cfg = dataclasses.replace(cfg, vocab_size=source.n_rows)
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with removed(partial):
+    with appears_whole(out) as partial:
         if to == "llmc":
             llmc.write(partial, cfg, params, dtype=dtype)
         else:
@@ -335,7 +347,6 @@ def convert(
             )
         if to == "orbax":
             _write_orbax(partial, source, params)
-        partial.rename(out)
 
 
 def _no_tokenizer(source: Source) -> NoTokenizer:

@@ -234,20 +234,29 @@ def test_another_number_of_devices_goes_on_with_the_same_run(whole, text, tmp_pa
         assert losses(tmp_path)[step] == pytest.approx(loss, abs=1e-5)
 
 
+LONGER = ["--config.steps=600", "--config.checkpoint.every=200"]
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    train(workdir, text, *LONGER)
+    return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(10))
-def test_of_two_at_once_one_goes_on(text, tmp_path, trial):
+def test_of_two_at_once_one_goes_on(alone, text, tmp_path, trial):
     """The one that is refused changes nothing in the other."""
-    steps = "--config.steps=600"
-    patience = (
+    impatient = (
         "import runpy, sys; from gpt2_jax import lock; lock.PATIENCE = 1;"
         "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
 
     def begin():
-        command = [sys.executable, "-c", patience, ROOT / "scripts/train.py"]
+        command = [sys.executable, "-c", impatient, ROOT / "scripts/train.py"]
         return subprocess.Popen(
-            [*command, *arguments(tmp_path, text), steps],
+            [*command, *arguments(tmp_path, text), *LONGER],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -268,8 +277,6 @@ def test_of_two_at_once_one_goes_on(text, tmp_path, trial):
         rf"\S+, started \S+, has locked {tmp_path}/.lock",
         line,
     )
-    alone = tmp_path / "alone"
-    train(alone, text, steps)
     assert losses(tmp_path) == losses(alone)
     ours, theirs = (
         json.loads((folder / "checkpoints/600/meta/metadata").read_text())["checksums"]
