@@ -69,6 +69,7 @@ def sliding_rows(
     Raises:
       ValueError: when stride isn't in [1, n_positions].
     """
+    stride = integer("stride", stride)
     if not 1 <= stride <= n_positions:
         raise ValueError(f"{stride=} must be in [1, {n_positions}], the context")
     rows, done, n = [], 0, len(ids) - 1

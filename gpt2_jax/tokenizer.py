@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpt2_jax.added_tokens import SPACE, AddedToken, AddedTokens
-from gpt2_jax.checks import check_choice, check_text, shown, token_ids
+from gpt2_jax.checks import check_choice, check_text, integer, items, shown, token_ids
 from gpt2_jax.files import check_regular, parse_json, user_path
 from gpt2_jax.token_roles import (
     BESIDE,
@@ -621,6 +621,7 @@ def train_byte_level_bpe(
             "pip install 'gpt2-jax[tokenizers]'"
         ) from None
     check_special_tokens(special_tokens)
+    vocab_size = integer("vocab_size", vocab_size)
     special = [END_OF_TEXT, *special_tokens]
     least = 256 + len(special)
     if vocab_size < least:
@@ -789,6 +790,7 @@ def train_sentencepiece(
 
     check_choice("model_type", model_type, SENTENCEPIECE_MODELS)
     check_special_tokens(special_tokens)
+    vocab_size = integer("vocab_size", vocab_size)
     n_special = 2 + len(special_tokens)
     if vocab_size < (least := 256 * byte_fallback + n_special):
         what = "256 bytes and " if byte_fallback else ""
@@ -830,12 +832,14 @@ def check_special_tokens(names: Sequence[str]) -> None:
 
     A comma would not survive SentencePiece's options.
     """
+    names = [
+        check_text("special token", name) for name in items("special_tokens", names)
+    ]
     for n, name in enumerate(names):
         if not name or re.search(r"[\s,\u2581]", name):
             raise ValueError(
                 f"special token {name!r} is empty, or has a space or comma"
             )
-        _utf8(name)
         if name in (END_OF_TEXT, "<unk>", *names[:n]):
             raise ValueError(f"special token {name!r} is there already")
 

@@ -15,6 +15,9 @@ import gpt2_jax
 from configs import default
 from gpt2_jax.checks import integer, number, token_ids
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.data.prepare import prepare
+from gpt2_jax.data.sft import check_template
+from gpt2_jax.data.tokenizers import train_tokenizer
 from gpt2_jax.evaluate import evaluate_run
 from gpt2_jax.interop.formats import convert
 from gpt2_jax.lm import LanguageModel
@@ -162,9 +165,9 @@ def test_prompts_in_the_forms_that_are_taken(lm):
         [np.array([1, 300])],
         ([1, 300], (1, 2, 3)),
     ):
-        refused(lm.generate, ids, named="token id 300 is outside [0, vocab_size=257)")
+        refused(lm.generate, ids, named="token id 300 is outside [0, vocab_size=")
     for texts in (["a" * 99], ("a" * 99,), np.array(["a" * 99])):
-        refused(lm.generate, texts, named="a prompt of 99 tokens")
+        refused(lm.generate, texts, named="prompt 0: token id 97 is outside")
 
 
 IS_TEXT = {"text": "ab", "no text": "", "digits": "5", "nan": "nan"}
@@ -295,9 +298,16 @@ LOADS = {
     "detokenizer": lambda x: TaskOptions(detokenizer=x),
     "trained workdir": lambda x: train(CONFIG, x),
     "name": GPT2Config.named,
-}
-TAKEN = {  # beside None and text, which may be wrong for other reasons
-    "step": ("int", "numpy scalar", "numpy 0-d", "jax 0-d"),
+    "prepared path": lambda x: prepare(x, "o", ByteTokenizer()),
+    "prepared out": lambda x: prepare("x", x, ByteTokenizer()),
+    "tokenizer": lambda x: prepare("x", "o", x),
+    "splits": lambda x: prepare("x", "o", ByteTokenizer(), splits=x),
+    "shard_size": lambda x: prepare("x", "o", ByteTokenizer(), shard_tokens=x),
+    "seed": lambda x: prepare("x", "o", ByteTokenizer(), seed=x),
+    "vocabulary size": lambda x: train_tokenizer("x", "o", x),
+    "special_tokens": lambda x: train_tokenizer("x", "o", 300, special_tokens=x),
+    "tokenizer's model": lambda x: train_tokenizer("x", "o", 300, model=x),
+    "template": check_template,
 }
 
 
@@ -306,9 +316,10 @@ def test_what_is_no_argument_of_a_function_is_refused(name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # "x" is nowhere
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     numbers = ("int", "numpy scalar", "numpy 0-d", "jax 0-d")
-    is_number = name.endswith(("step", "size", "bytes", "stride"))
-    is_path = name.endswith(("model", "dir", "out"))
+    is_number = name.endswith(("step", "size", "bytes", "stride", "seed"))
+    is_path = name.endswith(("model", "dir", "out", "path"))
     fine = [*IS_TEXT, *(numbers if is_number else []), *(["path"] if is_path else [])]
+    fine += [""] if name == "special_tokens" else []
     for value in but_for(ANYTHING, *fine).values():
         refused(LOADS[name], value)
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gpt2_jax.checks import integer, items, number, shown
 from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.encode import Counts, Job, encoded, make_plan
 from gpt2_jax.data.records import Records
@@ -183,13 +184,21 @@ def prepare(
     """
     out = _place(out)
     fractions = _checked(splits)
+    shard_tokens = integer("shard_tokens", shard_tokens)
     check_range("shard_tokens", shard_tokens, 1, MOST)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+    threads = integer("threads", threads)
     check_range("threads", threads, 1, 1024)
     check_seed(seed)
+    if not isinstance(tokenizer, str) and not hasattr(tokenizer, "encode_array"):
+        raise ValueError(
+            f"tokenizer={shown(tokenizer)} must be a tokenizer or its name"
+        )
     if isinstance(tokenizer, str) and tokenizer not in KINDS:
         tokenizer = build_tokenizer(tokenizer, vocab_size=vocab_size)
-    given = [path] if path is None or isinstance(path, str | Path) else list(path)
+    given: list[str | Path | None] = [None]
+    if path is not None:
+        given = [*sources.listed(path)]
     if len(given) == 1 and foreign.is_foreign(given[0]):
         return _refer(user_path(str(given[0])), out, tokenizer, dtype)
     if isinstance(tokenizer, NoTokenizer):
@@ -326,13 +335,14 @@ def _place(out: str | Path) -> Path:
 
 
 def _checked(splits: Sequence[float]) -> list[float]:
+    splits = [number("splits: fraction", x) for x in items("splits", splits)]
     if len(splits) != len(SPLITS):
         raise ValueError(f"{splits=}: three fractions, of {', '.join(SPLITS)}")
     if not all(0 <= fraction <= 1 for fraction in splits):
         raise ValueError(f"{splits=}: a fraction is not in 0 .. 1")
     if abs(math.fsum(splits) - 1) > 1e-6:
         raise ValueError(f"{splits=} add up to {math.fsum(splits):g}, not to 1")
-    return [float(fraction) for fraction in splits]
+    return splits
 
 
 # --- Prepared folders -----------------------------------------------------------------

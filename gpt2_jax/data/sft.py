@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import check_text, shown
 from gpt2_jax.data.loader import Batch, InOrder
 from gpt2_jax.data.records import Records, Row, text_of
 from gpt2_jax.data.shards import SPLITS
@@ -42,6 +42,7 @@ class Example(NamedTuple):
 
 def check_template(template: str) -> None:
     """Raises ValueError unless it names {content} once, and else {role} alone."""
+    check_text("data.template", template)
     rest = template.replace(CONTENT, "").replace("{role}", "")
     if template.count(CONTENT) != 1 or "{" in rest or "}" in rest:
         raise ValueError(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from gpt2_jax.checks import check_choice
+from gpt2_jax.checks import check_choice, items, shown
 from gpt2_jax.data.corpus import default_documents
 from gpt2_jax.data.records import Records, hf_source
 from gpt2_jax.data.stored import open_file, read_lines, reading, remote, text_start
@@ -152,7 +152,7 @@ def documents(
             for name, text in default_documents()
             if text
         ]
-    given = [path] if isinstance(path, str | Path) else list(path)
+    given = listed(path)
     found: list[Document | Records] = []
     for each in map(str, given):
         if is_hub(each):
@@ -174,6 +174,18 @@ def documents(
     if times > 1:
         raise ValueError(f"{name} is given {times} times")
     return found
+
+
+def listed(path: Paths) -> list[str | Path]:
+    """One path or several, as a list. ValueError on what is neither."""
+    if isinstance(path, str | Path):
+        return [path]
+    paths = items("path", path)
+    for each in paths:
+        if not isinstance(each, str | Path):
+            kind = type(each).__name__
+            raise ValueError(f"path={shown(each)} must be a path, not {kind}")
+    return paths
 
 
 def is_hub(path: str) -> bool:

@@ -5,7 +5,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from gpt2_jax.checks import check_choice
+from gpt2_jax.checks import check_choice, integer
 from gpt2_jax.data import sources
 from gpt2_jax.data.shards import MOST
 from gpt2_jax.data.sources import Paths
@@ -122,6 +122,9 @@ def train_tokenizer(
     if out.exists():
         raise FileExistsError(f"{out} exists already")
     check_choice("model", model, (*SENTENCEPIECE_MODELS, "byte_level"))
+    vocab_size = integer("vocab_size", vocab_size)
+    if max_bytes is not None:
+        max_bytes = integer("max_bytes", max_bytes)
     check_seed(seed)
     check_special_tokens(special_tokens)
     if model == "byte_level" and not byte_fallback:

@@ -74,6 +74,8 @@ def open_model(
     """
     if revision is not None:
         check_text("revision", revision)
+    if not isinstance(step, str | None):
+        step = integer("step", step)
     path = user_path(model)
     if not path.exists() and openai_tf.index_of(path):
         return _openai(path.parent, openai_tf.index_of(path))

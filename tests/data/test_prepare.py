@@ -301,7 +301,7 @@ def test_damaged_folders_are_refused(book: Path, tmp_path: Path):
         ({"splits": (0.9, 0.1)}, "three fractions, of train, validation, test"),
         ({"splits": (0.9, 0.2, 0.0)}, "add up to 1.1, not to 1"),
         ({"splits": (1.1, -0.1, 0.0)}, "not in 0 .. 1"),
-        ({"splits": (float("nan"), 0, 1)}, "not in 0 .. 1"),
+        ({"splits": (float("nan"), 0, 1)}, "fraction=nan must be a number"),
         ({"splits": (0.0005, 0.9995, 0)}, "train split, 0.0005 of 1003 bytes .* empty"),
         ({"shard_tokens": 0}, "shard_tokens=0 must be >= 1"),
         ({"threads": 0}, "threads=0 must be >= 1"),
