@@ -92,6 +92,11 @@ def given_options() -> dict[str, Any]:
     return {**given, "early_stopping": stopping[given["early_stopping"]]}
 
 
+def prompt_ids(text: str) -> list[int]:
+    """The ids of `15496,995`."""
+    return [_number(int, "prompt_ids", part) for part in text.split(",")]
+
+
 def _number(kind: type, name: str, text: str) -> Any:
     try:
         return kind(text)

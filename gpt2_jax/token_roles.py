@@ -176,8 +176,9 @@ def read_roles(
         bos_id = begin
     if "add_bos_token" in settings:
         begin_ids = ()
-        if settings["add_bos_token"] is True and "bos" in named:
-            begin_ids = (ids[named["bos"].content],)
+        first = ids[named["bos"].content] if "bos" in named else eot_id
+        if settings["add_bos_token"] is True and first is not None:
+            begin_ids = (first,)
     if settings.get("tokenizer_class") not in _GENERIC:
         add_prefix_space = settings.get("add_prefix_space", add_prefix_space) is True
     return Roles(

@@ -17,6 +17,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _STEP = flags.DEFINE_string("step", None, "Of a run: number or best; none: latest.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to go on from; repeatable.")
+_PROMPT_IDS = flags.DEFINE_multi_string(
+    "prompt_ids", [], "Or its token ids, 15496,995; ids come out as well. Repeatable."
+)
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32, bfloat16 or int8.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print each text as it comes.")
 _DRAFT = flags.DEFINE_string(
@@ -33,17 +36,23 @@ def main(_: list[str]) -> None:
     options["draft"] = _DRAFT.value
     if _DRAFT.value not in (None, "prompt_lookup"):
         options["draft"] = gpt2_jax.load(_DRAFT.value, dtype=_DTYPE.value)
+    prompts = [cli.prompt_ids(ids) for ids in _PROMPT_IDS.value] or _PROMPT.value
     if _STREAM.value:
-        for prompt in _PROMPT.value:
-            print(prompt, end="", flush=True)
+        for prompt in prompts:
+            print(_shown(prompt), end="", flush=True)
             for piece in lm.stream(prompt, **options):
-                print(piece, end="", flush=True)
+                print(_shown(piece), end="", flush=True)
             print()
         return
-    texts = lm.generate(_PROMPT.value, **options)
-    for prompt, text in zip(_PROMPT.value, texts, strict=True):
-        for one in [text] if isinstance(text, str) else text:
-            print(prompt + one)
+    is_many = options.get("num_return_sequences", 1) > 1
+    for given, found in zip(prompts, lm.generate(prompts, **options), strict=True):
+        for one in found if is_many else [found]:
+            print(_shown(given) + _shown(one))
+
+
+def _shown(x: str | int | list[int]) -> str:
+    ids = [x] if isinstance(x, int) else x
+    return ids if isinstance(ids, str) else "".join(f"{i} " for i in ids)
 
 
 if __name__ == "__main__":

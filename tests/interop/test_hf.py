@@ -238,3 +238,50 @@ def test_convert_there_and_back(tmp_path, to):
     with pytest.raises(ValueError, match="'gguf' is not one of hf, safetensors"):
         convert(source, "gguf", tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_rows_and_what_is_said_of_tokens_survive_a_conversion(tmp_path):
+    from test_added_tokens import END, SLOW
+
+    cfg = dataclasses.replace(TINY, vocab_size=264)
+    folder = write(tmp_path / "in", cfg, random_params(cfg, 0.2))
+    word = {"content": "word", "special": False, "lstrip": True, "rstrip": True}
+    files: dict[str, object] = {
+        **SLOW,
+        "added_tokens.json": {"word": 260, "<|im_end|>": 261},
+        "tokenizer_config.json": {
+            **{"eos_token": "<|im_end|>", "bos_token": END, "pad_token": "<|im_end|>"},
+            **{"chat_template": "{{ messages }}", "auto_map": {"x": "y.py"}},
+            "added_tokens_decoder": {"260": word},
+        },
+        "generation_config.json": {"eos_token_id": [261, 259], "temperature": 0.7},
+    }
+    for name, content in files.items():
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (folder / name).write_bytes(raw)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"bos_token_id": 259, "eos_token_id": 261, "pad_token_id": 261}
+    (folder / "config.json").write_text(json.dumps(values))
+    given = gpt2_jax.load(folder)
+    assert given.tokenizer.end_ids == (261, 259)
+    assert given.tokenizer.vocab_size == 262
+    convert(folder, "orbax", tmp_path / "orbax")
+    convert(folder, "hf", tmp_path / "hf")
+    convert(tmp_path / "orbax", "hf", tmp_path / "again")
+    for name in ("hf", "orbax", "again"):
+        lm = gpt2_jax.load(tmp_path / name)
+        assert lm.tokenizer.roles.same_effect(given.tokenizer.roles), name
+        assert lm.tokenizer.encode("a word the") == given.tokenizer.encode("a word the")
+        rows = lm.params["wte"]["embedding"]
+        np.testing.assert_array_equal(rows, given.params["wte"]["embedding"])
+    assert (
+        json.loads((tmp_path / "hf/generation_config.json").read_text())
+        == (files["generation_config.json"])
+    )
+    settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert settings["pad_token"] == "<|im_end|>"
+    assert settings["chat_template"] == "{{ messages }}"
+    assert "auto_map" not in settings
+    assert settings["added_tokens_decoder"]["260"]["rstrip"] is True
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["vocab_size"], config["pad_token_id"]) == (264, 261)

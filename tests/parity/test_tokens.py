@@ -17,12 +17,16 @@ make_goldens = importlib.import_module("make_goldens")  # needs both
 
 U, V = "<|im_start|>", "<|im_end|>"
 ADDED = [ENTRY, entry(U, 260, "special"), entry(V, 261, "special", "rstrip")]
-ADDED += [entry("word", 262, "lstrip"), entry("th", 263, "single_word", "normalized")]
+ADDED += [entry("word", 262, "lstrip"), entry("thx", 263, "single_word", "normalized")]
 DECODER = {
     str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in ADDED
 }  # fmt: skip
 CONFIG = {"bos_token": U, "eos_token": V, "pad_token": V}
-TEXTS = ["the th word", f"{U}the  {V}  \u3000th{END} the", f"thword\u2009word {U}{V} x"]
+TEXTS = [
+    "the th word",
+    f"{U}the  {V}  \u3000thx{END} the",
+    f"thxword\u2009word {U}{V} x",
+]
 FOLDERS = {
     "slow": {
         **SLOW,
