@@ -26,6 +26,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._signal: int | None = None  # the first that came to this process
         self._in_job = jax.distributed.is_initialized()
         self._first = threading.Lock()  # taken by who sees the first signal
         self._asked = self._handled = 0
@@ -44,7 +45,7 @@ class StopSignals:
         if not self._old and threading.current_thread() is threading.main_thread():
             self._listen()
         if self._in_job and multihost_utils.reached_preemption_sync_point(self._asked):
-            self.received = signal.SIGTERM
+            self.received = self._signal or signal.SIGTERM
         return self.received is not None
 
     def _listen(self) -> None:
@@ -86,8 +87,9 @@ class StopSignals:
 
     def _note(self, number: int) -> None:
         """Notes a signal, in the handler or in the thread, whichever is first."""
+        self._signal = self._signal or number
         if not self._in_job:
-            self.received = self.received or number
+            self.received = self._signal
         if self._first.acquire(blocking=False):
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, b"stopping after this step ...\n")
