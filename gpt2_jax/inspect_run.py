@@ -18,6 +18,7 @@ from gpt2_jax.files import read_json
 from gpt2_jax.metrics import EXPECTED_MFU, size_of, time_of
 from gpt2_jax.records import read_metrics
 from gpt2_jax.retention import finite
+from gpt2_jax.steps import lacks_its_index, saved_steps
 from gpt2_jax.train_config import changes
 
 RECENT = 20  # records of whose speeds the median is shown
@@ -249,8 +250,10 @@ def _speed(
 
 def _checkpoints(folder: Path, records: list[dict[str, Any]]) -> Lines:
     evaluated = {r["step"]: r for r in records if "val_loss" in r}
-    found = folder.iterdir() if folder.is_dir() else []
-    steps = sorted(int(p.name) for p in found if p.name.isdecimal())
+    try:
+        steps = saved_steps(folder)
+    except (ValueError, OSError) as error:
+        return [str(error)]
     compared = {s: evaluated[s]["val_loss"] for s in steps if s in evaluated}
     best = min(finite(compared), key=compared.__getitem__, default=None)
     lines = []
@@ -260,7 +263,13 @@ def _checkpoints(folder: Path, records: list[dict[str, Any]]) -> Lines:
         if step in evaluated:
             loss = f"  validation {evaluated[step]['val_loss']:.4f}"
         size = size_of(sum(p.stat().st_size for p in files))
-        lines.append(f"{step:>9,}{size:>12}{loss}{'  best' * (step == best)}")
+        mended = lacks_its_index(folder / str(step) / "state")
+        note = "  lacks its index, which is made when it is read" * mended
+        lines.append(f"{step:>9,}{size:>12}{loss}{'  best' * (step == best)}{note}")
+    aside = folder.parent / "damaged"
+    for path in sorted(aside.iterdir()) if aside.is_dir() else []:
+        if lacks_its_index(path / "state"):
+            lines.append(f"{path} can be read now: move it back to {folder}")
     return lines or ["none yet"]
 
 

@@ -21,8 +21,8 @@ from gpt2_jax import sharding
 from gpt2_jax.files import read_json
 from gpt2_jax.model import Params
 from gpt2_jax.plain_path import plain_path
+from gpt2_jax.steps import databases
 
-MANIFEST = "manifest.ocdbt"
 _CONFIG = {"max_inline_value_bytes": 1024}  # so that headers stand in the index
 _BLOCK = 1 << 20  # elements that are summed at a time
 
@@ -171,14 +171,6 @@ def _files(folder: Path) -> dict[str, str]:
     return {"driver": "file", "path": f"{folder}/"}
 
 
-def lacks_its_index(state: Path) -> bool:
-    """Whether the databases of the processes are there, and none that joins them.
-
-    This is what versions up to 0.9 left in a folder with `[`, `*` or `?` in its path.
-    """
-    return not (state / MANIFEST).exists() and bool(_of_processes(state))
-
-
 def join(state: Path) -> None:
     """Joins the databases of the processes in one, which refers to their files.
 
@@ -194,10 +186,6 @@ def join(state: Path) -> None:
 
         transaction = ts.Transaction(atomic=True)
         whole = database(plain).with_transaction(transaction)
-        for folder in _of_processes(plain):
+        for folder in databases(plain):
             database(folder).experimental_copy_range_to(whole).result()
         transaction.commit_sync()
-
-
-def _of_processes(state: Path) -> list[Path]:
-    return [p for p in sorted(state.iterdir()) if (p / MANIFEST).exists()]

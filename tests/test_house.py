@@ -51,6 +51,7 @@ HOUSE = [
     "contract",
     "retention",
     "integrity",
+    "steps",
     "plain_path",
     "data.sft",
     "data.loader",
