@@ -191,8 +191,8 @@ def _train(
             if adapted is not None:
                 run.adapt(*adapted)
             due = contract is None or contract.due
-            if contract is not None and contract.best is not None:
-                run.best = Best(**contract.best)
+            if contract is not None:
+                run.best = _best_of(workdir, contract)
             return run.loop(state, optimizer, stop, since, due=due)
         except BaseException as error:
             if distributed.is_lost_peer(error):
@@ -453,6 +453,21 @@ class Best:
         return best and dataclasses.replace(best, since=best.since + 1)
 
 
+def _best_of(workdir: Path, contract: checkpoint.Contract) -> Best | None:
+    """The best of a run up to a checkpoint.
+
+    Older versions wrote down as such what is not finite; the best that was saved stands
+    for it then.
+    """
+    if contract.best is not None:
+        return Best(**contract.best)
+    with contextlib.suppress(FileNotFoundError, checkpoint.DamagedCheckpointError):
+        found = checkpoint.find_step(workdir, checkpoint.BEST)
+        losses = checkpoint.read_contract(found).metrics
+        return Best(int(found.name), losses[checkpoint.VAL_LOSS])
+    return None
+
+
 class _Stopped(Exception):
     """The run is to end, and an evaluation was given up for that."""
 
@@ -527,6 +542,8 @@ class _Run:
         cfg, start = self.cfg, since.step
         self._since, self._due = since, due
         self._skipped_in_row = int(guard_counts(state.opt_state)["skipped_in_row"])
+        if start < cfg.steps:
+            self.checkpoints.check_space(state)
         self._open(state, start)
         step_fn = jit_step(cfg, self.model, optimizer, state, self.mesh, self.n_valid)
         make = partial(global_batch, self.examples, cfg, self.mesh, since=since)
