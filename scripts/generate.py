@@ -50,9 +50,9 @@ def main(_: list[str]) -> None:
             print(_shown(given) + _shown(one))
 
 
-def _shown(x: str | int | list[int]) -> str:
-    ids = [x] if isinstance(x, int) else x
-    return ids if isinstance(ids, str) else "".join(f"{i} " for i in ids)
+def _shown(x: object) -> str:
+    ids = x if isinstance(x, list) else [x]
+    return x if isinstance(x, str) else "".join(f"{i} " for i in ids)
 
 
 if __name__ == "__main__":
