@@ -30,6 +30,7 @@ from gpt2_jax.attention import STAND_IN, Place, attention_backend
 from gpt2_jax.cache import KVCache
 from gpt2_jax.chips import Chip
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.fields import check_range
 from gpt2_jax.interop.formats import open_model
 from gpt2_jax.metrics import size_of, time_of
 from gpt2_jax.model import GPT2, count_params
@@ -143,8 +144,7 @@ class Plan:
 
 def fake_devices(n_devices: int) -> None:
     """Gives this process so many CPU devices and no others, before JAX starts."""
-    if n_devices < 1:
-        raise ValueError(f"{n_devices=} must be >= 1")
+    check_range("n_devices", n_devices, 1, 1 << 16)  # each has threads
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n_devices)
 
