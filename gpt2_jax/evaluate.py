@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt2_jax import checkpoint, sharding
 from gpt2_jax.batches import in_order
-from gpt2_jax.checks import check_text, integer
+from gpt2_jax.checks import check_text
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.run_data import kept_examples, run_folders
 from gpt2_jax.data.sft import sft_splits
@@ -137,8 +137,6 @@ def evaluate_run(
     check_dtype(dtype)
     check_range("batch_size", batch_size, 1)
     check_text("split", split)
-    if integer("batch_size", batch_size) < 1:
-        raise ValueError(f"{batch_size=} must be >= 1")
     workdir = user_path(workdir)
     folder = checkpoint.find_step(workdir, step)
     contract = checkpoint.read_contract(folder)

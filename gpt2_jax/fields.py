@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import integer, shown
 
 GREATEST = 2**31 - 1  # of integers that no other limit holds: JAX's are of 32 bits
 FLOAT32 = 3.4028234663852886e38  # the greatest number
@@ -60,7 +60,8 @@ def check_names(
 
 
 def check_range(name: str, value: int, least: int, greatest: int = GREATEST) -> None:
-    """Raises ValueError, naming the limit, on an integer outside [least, greatest]."""
+    """Raises ValueError, naming the limit, unless it is an integer in that range."""
+    value = integer(name, value)
     if value < least:
         raise ValueError(f"{name}={shown(value)} must be >= {least}")
     if value > greatest:
