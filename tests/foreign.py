@@ -170,7 +170,7 @@ def _layers(state: State, module: str) -> list[np.ndarray]:
 def write_torch(path: Path, tree: Any) -> None:
     """What torch.save writes, of a tree of plain values and float32 arrays."""
     storages: list[bytes] = []
-    pickled = b"\x80\x02" + _pickled(tree, storages) + b"."
+    pickled = b"\x80\x02" + pickled_tree(tree, storages) + b"."
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", "little")
@@ -179,11 +179,11 @@ def write_torch(path: Path, tree: Any) -> None:
         archive.writestr("archive/version", "3\n")
 
 
-def _pickled(x: Any, storages: list[bytes]) -> bytes:
+def pickled_tree(x: Any, storages: list[bytes]) -> bytes:
     """Pickle protocol 2; the bytes of the arrays go to `storages`."""
 
     def of(*values: Any) -> bytes:
-        return b"".join(_pickled(value, storages) for value in values)
+        return b"".join(pickled_tree(value, storages) for value in values)
 
     if x is None or isinstance(x, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[x]

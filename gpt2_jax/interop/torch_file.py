@@ -234,7 +234,7 @@ class _TorchFile:
     def _read_zip(self) -> Any:
         """The form since torch 1.6: NAME/data.pkl, NAME/data/KEY for each storage."""
         members: dict[str, zipfile.ZipInfo] = {}
-        with zipfile.ZipFile(_Metered(self.file, self.budget)) as archive:
+        with zipfile.ZipFile(_Metered(self.file, self.size, self.budget)) as archive:
             for info in archive.infolist():
                 if info.filename in members:
                     raise Refused(f"two members {shown(info.filename)}")
@@ -347,15 +347,18 @@ class _TorchFile:
 class _Metered:
     """A file of which `zipfile` reads the list of members, within the budget."""
 
-    def __init__(self, file: IO[bytes], budget: Budget) -> None:
+    def __init__(self, file: IO[bytes], size: int, budget: Budget) -> None:
         self._budget = budget
+        self._size = size
         self._read = file.read
         self.seek, self.tell = file.seek, file.tell
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._read(size if size >= 0 else 1 << 26)
-        self._budget.draw(25 * len(data), steps=len(data) // 10)  # an entry has over 46
-        return data
+    def read(self, count: int = -1) -> bytes:
+        left = max(self._size - self.tell(), 0)
+        count = min(count, left) if count >= 0 else left
+        # An entry has over 46 bytes, and becomes an object of about 1000.
+        self._budget.draw(25 * count, steps=count // 10)
+        return self._read(count)
 
 
 def _storage_id(pid: Any, n: int) -> tuple[str, np.dtype, int, Any]:

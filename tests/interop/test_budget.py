@@ -1,6 +1,6 @@
 """Files that were made to be dear: none costs more than its size allows.
 
-PYTHONPATH=tests:tests/interop python tests/interop/test_budget.py FOLDER 1 writes them
+PYTHONPATH=tests python tests/interop/test_budget.py FOLDER 1 writes them
 all and prints what opening each took, in a process of its own that gets 64 MB and 8
 bytes for each byte of the file.
 """
@@ -22,6 +22,7 @@ import pytest
 
 from foreign import write_hf, write_llmc, write_nanogpt, write_sharded
 from gpt2_jax.interop.formats import open_model
+from tensorflow_files import block_of, table
 
 MEMORY, SECONDS, MESSAGE = 64 << 20, 5, 300  # and 8 bytes, 1e-7 s for each byte
 N = 200_000
@@ -239,8 +240,6 @@ def json_files(folder: Path) -> Iterator[Path]:
 
 def index_of(value: bytes) -> bytes:
     """A TensorFlow index whose header is `value`."""
-    from test_openai_tf import block_of, table
-
     return table([block_of([(b"", value)])])
 
 
