@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from gpt2_jax.budget import Budget
+
 # The characters that are white space in Unicode; Python's `\s` has four more.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _IS_SPACE = re.compile(f"[{SPACE}]").match
@@ -43,6 +45,8 @@ class AddedTokens:
 
     def __init__(self, tokens: Iterable[AddedToken]):
         tokens = [token for token in tokens if token.content]
+        # What finds them takes some 100 bytes for each of their characters.
+        Budget(0).draw(sum(100 * (len(token.content) + 5) for token in tokens))
         first = {t.content: t for t in tokens if not t.normalized}
         then = {t.content: t for t in tokens if t.normalized}
         self._groups = [(_pattern(table), table) for table in (first, then)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gpt2_jax.added_tokens import AddedToken
+from gpt2_jax.budget import Budget
 from gpt2_jax.checks import shown
 from gpt2_jax.files import parse_json
 
@@ -144,6 +145,8 @@ def read_roles(
     listed = settings.get("added_tokens_decoder") or {}
     if not isinstance(listed, dict):
         raise ValueError(f"{TOKENIZER_CONFIG}: added_tokens_decoder is {shown(listed)}")
+    n_tokens = len(added) + len(listed) + len(values.get(ADDED, {}))
+    Budget(sum(map(len, files.values()))).draw(1000 * n_tokens)
     for key, entry in listed.items():
         token = _added_token(entry, key, TOKENIZER_CONFIG)
         tokens[token.content] = token

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpt2_jax.added_tokens import SPACE, AddedToken, AddedTokens
+from gpt2_jax.budget import Budget
 from gpt2_jax.checks import check_choice, check_text, integer, items, shown, token_ids
 from gpt2_jax.files import check_regular, parse_json, user_path
 from gpt2_jax.token_roles import (
@@ -515,6 +516,7 @@ def _either(forms: Iterable[Iterable[str]]) -> str:
 
 def _read_merges(name: str, content: bytes) -> list[tuple[str, ...]]:
     """Lines `left right`, after an optional first line `#version: ...`."""
+    Budget(len(content)).draw(200 * content.count(b"\n") + 8 * len(content))
     try:
         lines = content.decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
@@ -591,12 +593,14 @@ def _merged_tokens(
     tokens = dict.fromkeys(sorted(BYTES, key=vocab.__getitem__))
     for n, merge in enumerate(merges, 1):
         if len(merge) != 2 or not all(part in tokens for part in merge):
-            raise ValueError(f"merge {n}, {merge}, does not join two known tokens")
+            raise ValueError(
+                f"merge {n}, {shown(merge)}, does not join two known tokens"
+            )
         token = "".join(merge)
         if token not in vocab:
-            raise ValueError(f"merge {n} makes {token!r}: not in the vocabulary")
+            raise ValueError(f"merge {n} makes {shown(token)}: not in the vocabulary")
         if token in tokens:
-            raise ValueError(f"merge {n} makes {token!r} a second time")
+            raise ValueError(f"merge {n} makes {shown(token)} a second time")
         tokens[token] = None
     return list(tokens)
 
@@ -679,6 +683,9 @@ class SentencePieceTokenizer(_TableTokenizer):
         import sentencepiece
 
         self._model = model
+        # Each piece and each text of a model begins with one of these: field 1 or 5.
+        n_parts = model.count(b"\n") + model.count(b"*")
+        Budget(len(model)).draw(120 * n_parts)
         try:
             self._sp = sentencepiece.SentencePieceProcessor()
             self._sp.LoadFromSerializedProto(model)

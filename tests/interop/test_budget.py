@@ -22,6 +22,7 @@ import pytest
 
 from foreign import write_hf, write_llmc, write_nanogpt, write_sharded
 from gpt2_jax.interop.formats import open_model
+from gpt2_jax.tokenizer import BYTES
 from tensorflow_files import block_of, table
 
 MEMORY, SECONDS, MESSAGE = 64 << 20, 5, 300  # and 8 bytes, 1e-7 s for each byte
@@ -264,12 +265,37 @@ def other_files(folder: Path) -> Iterator[Path]:
     yield overlapping
 
 
+def tokenizer_files(folder: Path) -> Iterator[Path]:
+    vocab, tokens = json.dumps(BYTES), {f"x{i}": {"content": f"x{i}"} for i in range(N)}
+    two = {"vocab.json": vocab.encode(), "merges.txt": b""}
+    ids = json.dumps({name: 300 + i for i, name in enumerate(tokens)}).encode()
+    listed = json.dumps({"added_tokens_decoder": {k[1:]: v for k, v in tokens.items()}})
+    everything = "".join(map(chr, [*range(0x20, 0xD800), *range(0xE000, 0x110000)]))
+    for i, files in enumerate(
+        (
+            two | {"merges.txt": b"a b\n" * 3_000_000},
+            two | {"merges.txt": b"\n" * 12_000_000},
+            two | {"merges.txt": b"a " * 6_000_000},
+            two | {"added_tokens.json": ids},
+            two | {"tokenizer_config.json": listed.encode()},
+            {"tokenizer.model": b"\x0a\x00" * 5_000_000},
+            {"tokenizer.model": b"\x12\x80\x94\xeb\xdc\x03" + b"\x2a\x00" * 5_000_000},
+            {"characters.json": json.dumps(everything).encode()},
+        )
+    ):
+        path = write_hf(folder / str(i))
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+        yield path
+
+
 KINDS: dict[str, Callable[[Path], Iterator[Path]]] = {
     "pickles": pickle_files,
     "zips": zip_files,
     "headers": header_files,
     "json": json_files,
     "others": other_files,
+    "tokenizers": tokenizer_files,
 }
 
 
