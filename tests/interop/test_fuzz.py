@@ -87,7 +87,8 @@ def two_files() -> dict[str, bytes]:
 
 
 def one_file() -> dict[str, bytes]:
-    return hf.tokenizer_files(ByteTokenizer(), 8)
+    files = hf.tokenizer_files(ByteTokenizer(), 8)
+    return {name: files[name] for name in ("tokenizer.json", "tokenizer_config.json")}
 
 
 def sentences() -> dict[str, bytes]:
@@ -258,4 +259,4 @@ def test_changed_files(
         files[i].write_bytes(whole[i])
 
     check()
-    assert refused >= CASES // 10
+    assert refused >= CASES // 100
