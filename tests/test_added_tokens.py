@@ -255,7 +255,7 @@ def test_tokens_without_a_row_are_left_out():
         ({"added_tokens.json": {"xyz": 262}}, "ids of 261 tokens are not 0 .. 260"),
         ({"added_tokens.json": {"the": 260}}, "'the' has two ids"),
         ({"tokenizer_config.json": b"{"}, "tokenizer_config.json: not JSON"),
-        ({"tokenizer_config.json": b"[" * 10**6}, "tokenizer_config.json: not JSON"),
+        ({"tokenizer_config.json": b"[" * 10**5}, "nested too deep"),
         ({"tokenizer_config.json": {"eos_token": 5}}, "5 is no token"),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, r"is \[1\]"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"-1": {"content": "x"}}}},
