@@ -218,6 +218,7 @@ def test_each_option_is_a_flag_that_explains_itself():
             Options(**given(*arguments))
     given()
 
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
