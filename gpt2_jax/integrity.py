@@ -80,7 +80,7 @@ def host_checksum(x: np.ndarray) -> int:
 
 
 def params_hash(params: Params) -> str:
-    """Of parameters with an entry a layer, whatever their shardings."""
+    """A hash of parameters with an entry a layer, whatever their shardings."""
     return digest(checksums(params))
 
 

@@ -651,7 +651,7 @@ _UNORDERED = (str, bytes, bytearray, memoryview, Mapping, Set)
 
 
 def _numbered(requests: Any) -> Iterator[tuple[int, Any]]:
-    """Of what can be gone through in an order of its own: number and request."""
+    """Numbers and requests of what has an order of its own."""
     try:
         if isinstance(requests, _UNORDERED):
             raise TypeError

@@ -190,7 +190,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Of what a config file gives: a ConfigDict, or nested plain data.
+        """Makes one of what a config file gives: a ConfigDict, or nested plain data.
 
         Raises:
           ValueError: on anything else, and on a key that is missing or unknown.

@@ -95,7 +95,7 @@ def fingerprint(folder: str | Path, tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def content_hash(folder: str | Path) -> str:
-    """Of what the shards hold, whatever their times are: all are read."""
+    """A hash of what the shards hold, whatever their times are: all are read."""
     digest = hashlib.sha256()
     for _, file in _shards(user_path(folder)):
         with file.open("rb") as stored:

@@ -83,7 +83,7 @@ def tokenizer_fingerprint(tokenizer: str, vocab_size: int | None) -> dict[str, A
 
 
 def text_fingerprint(found: Sequence[Document | Records]) -> dict[str, Any]:
-    """Of the documents of a source: by names, sizes and times."""
+    """A hash of the documents of a source, by names, sizes and times."""
     digest = hashlib.sha256()
     for source in found:
         digest.update(os.fsencode(f"{source.name}\0{source.size}\0"))
@@ -100,7 +100,7 @@ def text_fingerprint(found: Sequence[Document | Records]) -> dict[str, Any]:
 
 
 def content_hash(found: Sequence[Document | Records]) -> str:
-    """Of what documents hold, in their order, whatever their names and times are.
+    """A hash of what documents hold, in order, whatever their names and times are.
 
     All files are read, but not those of other machines, which have stamps.
     """

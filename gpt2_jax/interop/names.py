@@ -12,7 +12,7 @@ from gpt2_jax.interop.tensors import Tensor, same_numbers
 
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
 # Of DistributedDataParallel, torch.compile, and the model around the layers.
-_PREFIXES = re.compile(r"(?:(?:module|_orig_mod|transformer)\.)*")
+_PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|transformer)\.)+")
 BUFFER = re.compile(r"h\.[0-9]{1,6}\.attn\.(bias|masked_bias)")
 _EMBEDDING = re.compile(r"(wte|wpe)\.weight")
 _PARAMETER = re.compile(
@@ -24,7 +24,7 @@ _PARAMETER = re.compile(
 def bare_name(name: str) -> str:
     """A tensor's name without the prefixes of modules around it."""
     name = name.replace("_orig_mod.", "")  # a block that was compiled by itself
-    return name[_PREFIXES.match(name).end() :]  # type: ignore[union-attr]
+    return _PREFIXES.sub("", name)
 
 
 def by_our_paths(named: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:

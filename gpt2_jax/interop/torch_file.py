@@ -172,7 +172,7 @@ class _TorchFile:
         return Machine(self.budget, names=_NAMES, calls=calls, storage_of=storage_of)
 
     def _part(self, offset: int, dtype: np.dtype) -> Callable[[int, int], np.ndarray]:
-        """Of a storage that lies at byte `offset`."""
+        """A storage that lies at byte `offset`."""
         path, size = self.path, self.size
         return lambda begin, count: read_numbers(
             path, size, offset + begin * dtype.itemsize, count, dtype
