@@ -150,8 +150,8 @@ class Checkpoints:
             self._saved[step] = saved
             self._remove_old()
             return
-        self.check_space(state)
         tree = as_tree(state)
+        self.check_space(tree)
         sums = checksums(tree)
         meta = {
             "format": FORMAT,
@@ -219,9 +219,9 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     _remove_leftovers(self.folder)
 
-    def check_space(self, state: Any) -> None:
-        """Raises OSError, in all processes, where a checkpoint of it has no space."""
-        distributed.first_alone(partial(_check_space, self.folder, state))
+    def check_space(self, tree: Any) -> None:
+        """Raises OSError, in all processes, where a save of a tree has no space."""
+        distributed.first_alone(partial(_check_space, self.folder, tree))
 
     def _remove_old(self) -> None:
         for step in self._saved.keys() - kept_steps(self._saved, self._keep_last):

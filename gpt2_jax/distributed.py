@@ -164,12 +164,12 @@ def _until_all_know() -> None:
     wait = ocp.multihost.get_barrier_sync_fn()
     wait(key=f"{_FAILED}/known", timeout_ms=1000 * (_GRACE + 20))
     if is_first():
-        time.sleep(
-            _POLL
-        )  # JAX aborts those that are still there when its store is gone
+        time.sleep(_POLL)  # JAX aborts those that outlive its store
 
 
 def _told() -> str | None:
+    if not jax.distributed.is_initialized():
+        return None
     try:
         return str(_store().key_value_try_get(_FAILED))
     except jax.errors.JaxRuntimeError:  # none has said so

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import Checkpoints, DamagedCheckpointError, checksums
+from gpt2_jax.integrity import digest
 from gpt2_jax.model import GPT2
 from gpt2_jax.optim import make_optimizer
 from gpt2_jax.sharding import make_mesh
@@ -160,7 +161,7 @@ def test_a_best_that_is_no_number_is_none(tmp_path):
     path = folder / "2/meta/metadata"
     meta = {**json.loads(path.read_text()), "metrics": {"val_loss": -math.inf}}
     meta.pop("sha256")
-    path.write_text(json.dumps({**meta, "sha256": checkpoint._digest(meta)}))
+    path.write_text(json.dumps({**meta, "sha256": digest(meta)}))
     contract = checkpoint.read_contract(folder / "2")
     assert (contract.metrics, contract.best) == ({}, None)
     assert checkpoint.find_step(tmp_path, "best") == folder / "1"

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# A child of a process with threads: it does nothing but become another program.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc, /dev/full")

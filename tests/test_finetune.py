@@ -342,7 +342,9 @@ def test_a_run_of_examples(base, examples, tmp_path):
     assert result.loss == pytest.approx(val_losses(tmp_path / "run")[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("lora__rank", [0, 2])
+@pytest.mark.parametrize(
+    "lora__rank", [pytest.param(0, marks=pytest.mark.slow), 2]
+)  # stopped and resumed without adapters: integration/test_stopped.py
 def test_a_run_of_examples_goes_on_where_it_was_cut(
     base, examples, tmp_path, lora__rank
 ):

@@ -8,6 +8,9 @@ import pytest
 
 from gpt2_jax.partial import appears_whole, removed
 
+# A child of a process with threads: it does nothing but become another program.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
+
 
 def write(path, kind):
     if kind == "folder":

@@ -241,7 +241,7 @@ def test_sizes_of_batches_may_change_and_no_example_comes_twice():
 
 def test_where_a_checkpoint_stands_that_does_not_say():
     run = {"batch_size": 4, "batch_warmup": [[160, 2]], "block_size": 16}
-    contract = Contract(9, make_model(config(), ByteTokenizer()).cfg, run, None, {})
+    contract = Contract(9, make_model(config(), ByteTokenizer()).cfg, run, None, {}, {})
     expected = 5 * 2 + 4 * 4  # 160 tokens are 10 examples, by two
     cfg = config(batch_size=8, block_size=16)
     assert position(cfg, contract) == Position(9, expected)

@@ -249,5 +249,5 @@ def test_losses_that_are_not_numbers_stop_the_run_by_name(text, tmp_path):
     )
     assert "the update was skipped (loss nan" in out
     lm = load(workdir)
-    assert lm.step >= 3
+    assert lm.step >= 1  # nothing is saved while updates are skipped
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(lm.params))
