@@ -99,7 +99,7 @@ def test_the_vocabulary_is_padded_to_128s(tmp_path, path, size, padded):
         (3, -1, "vocab_size=-1 must be >= 1"),
         (3, 129, "padded vocabulary 128 < vocabulary 129"),
         (4, 2**31 - 1, "n_layer=2147483647 must be <= 10000"),
-        (4, 10**4, "has 12416 bytes, its header needs 34880"),
+        (4, 10**4, "has 12416 bytes, its header needs 34885440"),
         (5, 3, "n_embd=8 is not divisible by n_head=3"),
         (5, 0, "n_head=0 must be >= 1"),
         (6, 16, "has 12416 bytes, its header needs"),
