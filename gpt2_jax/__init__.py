@@ -19,6 +19,10 @@ _PLACES = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name, and JAX with it, when it is first used.
 

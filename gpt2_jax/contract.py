@@ -69,6 +69,15 @@ class Contract:
         """What decides whether it is kept."""
         return Saved(self.metrics.get(VAL_LOSS), self.interim)
 
+    def check_is_of_a_run(self, step_folder: Path) -> None:
+        """Raises ValueError for a conversion: it holds a model, and no run of one."""
+        for name in ("data", "optim", "block_size", "batch_size"):
+            if name not in self.run:
+                raise ValueError(
+                    f"checkpoint {step_folder} is no step of a run (no {name}): `load` "
+                    "and init_from take it"
+                )
+
 
 def read_contract(step_folder: Path) -> Contract:
     """Reads and verifies all but the arrays of one step.

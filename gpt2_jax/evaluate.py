@@ -140,6 +140,7 @@ def evaluate_run(
     workdir = user_path(workdir)
     folder = checkpoint.find_step(workdir, step)
     contract = checkpoint.read_contract(folder)
+    contract.check_is_of_a_run(folder)
     data, block_size = contract.run["data"], contract.run["block_size"]
     if data.get("kind") == "sft":
         examples = _sft_split(data, split, contract.tokenizer, block_size, workdir)

@@ -391,6 +391,7 @@ def _check_contract(
     contract: checkpoint.Contract,
 ) -> None:
     """Raises ValueError when a checkpoint is not one of this run."""
+    contract.check_is_of_a_run(folder)
     ours, theirs = dataclasses.asdict(model.cfg), dataclasses.asdict(contract.model)
     for name, value in theirs.items():
         if ours[name] != value:
@@ -427,7 +428,8 @@ def position(cfg: TrainConfig, contract: checkpoint.Contract) -> Position:
     if contract.examples is not None:
         return Position(contract.step, contract.examples)
     # Older ones don't say: their config was that of the run from its first step on.
-    sizes = {k: contract.run[k] for k in ("batch_size", "batch_warmup")}
+    names = ("batch_size", "batch_warmup")
+    sizes = {name: contract.run[name] for name in names if name in contract.run}
     saved = dataclasses.replace(cfg, **sizes)
     return Position(contract.step, saved.batch(contract.step).start)
 

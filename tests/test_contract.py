@@ -98,6 +98,13 @@ def test_the_contract_of_another_step_is_damage(tmp_path):
     assert read_contract(tmp_path / "of_another_name").step == 12
 
 
+def test_a_conversion_is_no_step_of_a_run(tmp_path):
+    write(tmp_path / "12", signed({**META, "run": {}}))
+    contract = read_contract(tmp_path / "12")
+    with pytest.raises(ValueError, match=r"12 is no step of a run \(no data\)"):
+        contract.check_is_of_a_run(tmp_path / "12")
+
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()
