@@ -163,12 +163,14 @@ def program(request) -> Iterator[tuple[str, ModuleType]]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     verbosity = logging.get_verbosity()
-    yield path.stem, module
-    logging.set_verbosity(verbosity)
-    for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
+    try:
+        spec.loader.exec_module(module)
+        yield path.stem, module
+    finally:
+        logging.set_verbosity(verbosity)
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
 
 
 def without_work(name: str, module: ModuleType, monkeypatch) -> None:

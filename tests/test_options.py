@@ -190,8 +190,17 @@ def test_the_forms_of_allowed_tokens():
     assert Options(allowed_tokens=[[1, 0], [0, -1]]).allowed_ids is None
 
 
-def test_each_option_is_a_flag_that_explains_itself():
+@pytest.fixture
+def defined_flags():
+    """The flags of the options, until the test ends: other tests define them too."""
+    known = set(flags.FLAGS)
     cli.define_options()
+    yield
+    for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+
+
+def test_each_option_is_a_flag_that_explains_itself(defined_flags):
     for name in DEFAULTS:
         assert flags.FLAGS[name].help
 
