@@ -85,16 +85,20 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     os.chdir(before)
 
 
-def read_or_refuse(read: Callable[[], Any]) -> bool:
+def read_or_refuse(read: Callable[..., Any], *args: Any, **options: Any) -> bool:
     """Whether `read` took it; anything but one short line of an error fails."""
     message = ""
     try:
-        read()
+        read(*args, **options)
     except (ValueError, OSError) as error:
         message = str(error) or "no message"
     assert "\n" not in message
     assert len(message) <= 300
     return not message
+
+
+def read_all(name: str) -> list[list[Any]]:
+    return [[*source.read()] for source in documents(name)]
 
 
 @CASES
@@ -103,7 +107,7 @@ def test_rows_and_lines(rng):
     content = any_file(rng)
     for name in ("a.jsonl", "a.txt", "a.jsonl.gz"):
         Path(name).write_bytes(content)
-        read_or_refuse(lambda: [[*s.read()] for s in documents(name)])  # noqa: B023
+        read_or_refuse(read_all, name)
 
 
 @CASES
@@ -113,8 +117,12 @@ def test_examples(rng):
     Path("sft.jsonl").write_bytes(content)
     for template in ("", "{role}: {content}\n"):
         read_or_refuse(
-            lambda: read_examples("sft.jsonl", BYTES, block_size=64, template=template)  # noqa: B023
+            read_examples, "sft.jsonl", BYTES, block_size=64, template=template
         )
+
+
+def run_task(task: Callable[..., Any], name: str) -> None:
+    task(documents(name), Reader(BYTES, 64, Options()))
 
 
 @CASES
@@ -124,7 +132,7 @@ def test_tasks(rng):
     for name in ("task.jsonl", "task.txt"):
         Path(name).write_bytes(content)
         for task in TASKS.values():
-            read_or_refuse(lambda: task(documents(name), Reader(BYTES, 64, Options())))  # noqa: B023
+            read_or_refuse(run_task, task, name)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -133,8 +141,7 @@ def test_the_good_rows_are_taken(task):
     taken = 0
     for row in GOOD:
         Path("good.jsonl").write_text(json.dumps(row) + "\n")
-        reader = Reader(BYTES, 64, Options())
-        taken += read_or_refuse(lambda: TASKS[task](documents("good.jsonl"), reader))  # noqa: B023
+        taken += read_or_refuse(run_task, TASKS[task], "good.jsonl")
     assert taken == 1
 
 
