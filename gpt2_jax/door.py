@@ -23,10 +23,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any, TextIO
 
 _CONTROLS = [*range(32), *range(127, 160)]
 _ESCAPES = {i: f"\\x{i:02x}" for i in _CONTROLS if chr(i) not in "\n\t"}
@@ -43,7 +40,7 @@ class Output(io.FileIO):
         super().__init__(fd, "w", closefd=False)
         self.lasting = lasting
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
