@@ -5,6 +5,7 @@ each process of a job of several runs under a small parent, the same program sta
 once more, that turns such an end into one line and an exit status.
 """
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -36,6 +37,7 @@ RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 _CHILD = "GPT2_JAX_STATUS_FD"  # set in the child: where it says how it ended
 _FOREVER = 30 * 24 * 3600  # seconds
 _FAILED = "gpt2_jax/failed"  # in JAX's store: a status, and why a process has failed
+_ending = threading.Lock()
 _POLL, _GRACE = 1, 5  # seconds between two looks there, and until its end after one
 
 # What XLA's errors say when another process is gone or does not answer.
@@ -130,7 +132,15 @@ def run(job: Job, program: Callable[[], int]) -> int:
         _report(pipe, status)
         if isinstance(error, Exception):
             _tell(f"{status} process {jax.process_index()}: {one_line(error)}")
+            # JAX would wait for the others, and they have ended: it aborts then.
+            atexit.register(_end, status)
         raise
+
+
+def _end(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _watch(pipe: int, ended: threading.Event) -> None:
@@ -179,13 +189,13 @@ def _told() -> str | None:
 def _end_if_told(pipe: int) -> None:
     if (told := _told()) is None:
         return
+    _ending.acquire()  # never released: of two threads that come here one speaks
     status, _, why = told.partition(" ")
     print(f"error: {why}", file=sys.stderr, flush=True)
     _report(pipe, int(status))
-    sys.stdout.flush()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _until_all_know()
-    os._exit(int(status))
+    _end(int(status))
 
 
 def detected(environ: Mapping[str, str]) -> bool:
@@ -378,8 +388,7 @@ def _lose(pipe: int, why: str) -> None:
     """Ends this process at once: an orderly end would wait for the peer."""
     _say_lost(why)
     _report(pipe, RESUMABLE)
-    sys.stdout.flush()
-    os._exit(RESUMABLE)
+    _end(RESUMABLE)
 
 
 def _say_lost(why: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -68,6 +69,12 @@ def error_of(workdir: Path, i: int) -> str:
 def val_losses(workdir: Path) -> list[float]:
     records = read_metrics(workdir / "metrics.jsonl")
     return [r["val_loss"] for r in records if "val_loss" in r]
+
+
+def trainer_of(process: subprocess.Popen) -> int:
+    """The process that trains: the only child of the one that was started."""
+    command = ["pgrep", "-P", str(process.pid)]
+    return int(subprocess.run(command, capture_output=True, text=True).stdout)
 
 
 def ends(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
@@ -216,13 +223,31 @@ def test_a_host_that_hangs_is_taken_for_dead(text, tmp_path):
     args = [*arguments(workdir, text), *MORE, "--config.steps=4000"]
     with job(2, workdir, *args, "--peer_timeout=10") as processes:
         wait_for_step(processes[0], workdir, 20)
-        # the training process is a child of the one that was started
-        [child] = subprocess.run(
-            ["pgrep", "-P", str(processes[1].pid)], capture_output=True, text=True
-        ).stdout.split()
-        os.kill(int(child), signal.SIGSTOP)
+        os.kill(trainer_of(processes[1]), signal.SIGSTOP)
         assert processes[0].wait(60) == 75
     assert "gone or does not answer" in error_of(workdir, 0)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_save_that_fails_in_one_process_ends_all_in_its_words(
+    text, tmp_path, victim
+):
+    workdir = tmp_path / "run"
+    args = [*arguments(workdir, text), *MORE, "--config.model.n_embd=64"]
+    with job(2, workdir, *args) as processes:
+        wait_for_step(processes[0], workdir, 8)
+        # More than a file of records needs, less than the arrays of the next save.
+        limits = (32 << 10, 32 << 10)  # bytes
+        trainer = trainer_of(processes[victim])
+        resource.prlimit(trainer, resource.RLIMIT_FSIZE, limits)
+        began = time.monotonic()
+        assert ends(processes) == [2, 2], [stderr_of(workdir, i) for i in (0, 1)]
+        assert time.monotonic() - began < 60  # seconds
+    [line] = stderr_of(workdir, victim).splitlines()
+    assert line.endswith("checkpoints/14 could not be saved: File too large")
+    said = line.replace("error:", f"error: process {victim}:")
+    assert stderr_of(workdir, 1 - victim).splitlines() == [said]
+    assert load(workdir).step >= 7
 
 
 def test_bad_input_is_said_by_all_and_ends_all(text, tmp_path):
