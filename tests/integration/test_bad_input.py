@@ -1,6 +1,5 @@
 """Bad input: one clear line, an exit status, no traceback, and nothing lost."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt2_jax import checkpoint
-from test_run import ROOT, TINY_RUN, arguments, start, train
+from test_run import ROOT, TINY_RUN, arguments, environment, start, train
 
 
 def refused(script: str, *args: object, status: int = 2) -> str:
@@ -18,7 +17,7 @@ def refused(script: str, *args: object, status: int = 2) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=environment(),
         check=False,
     )
     assert process.returncode == status, process.stderr

@@ -20,7 +20,16 @@ import pytest
 
 from gpt2_jax import load
 from gpt2_jax.records import read_metrics
-from test_run import ROOT, arguments, arrays, losses, start, train, wait_for_step
+from test_run import (
+    ROOT,
+    arguments,
+    arrays,
+    environment,
+    losses,
+    start,
+    train,
+    wait_for_step,
+)
 
 MORE = ["--config.steps=400", "--config.eval.every=1000", "--config.checkpoint.every=7"]
 
@@ -46,7 +55,7 @@ def job(n: int, workdir: Path, *args: str) -> Iterator[list[subprocess.Popen]]:
                 stdout=subprocess.PIPE,
                 stderr=err,
                 text=True,
-                env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+                env=environment(),
             )
         processes.append(process)
     try:
@@ -115,10 +124,7 @@ def test_processes_train_as_one_and_one_goes_on_from_them(alone, text, tmp_path,
         copy = shutil.copytree(workdir, tmp_path / f"on-{devices}")
         process = subprocess.run(
             [sys.executable, ROOT / "scripts/train.py", *arguments(copy, text)],
-            env={
-                **os.environ,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            },
+            env=environment(devices),
             capture_output=True,
             text=True,
             check=True,
@@ -229,9 +235,7 @@ def test_a_host_that_hangs_is_taken_for_dead(text, tmp_path):
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_save_that_fails_in_one_process_ends_all_in_its_words(
-    text, tmp_path, victim
-):
+def test_a_save_that_fails_in_one_process_ends_all_in_its_words(text, tmp_path, victim):
     workdir = tmp_path / "run"
     args = [*arguments(workdir, text), *MORE, "--config.model.n_embd=64"]
     with job(2, workdir, *args) as processes:

@@ -41,6 +41,13 @@ TINY_RUN = [
 ]
 
 
+def environment(devices: int = 1) -> dict[str, str]:
+    """What a program is started with that sees so many devices, compiled as here."""
+    count = "--xla_force_host_platform_device_count"
+    flags = os.environ["XLA_FLAGS"].replace(f"{count}=8", f"{count}={devices}")
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 def start(script: str, *args: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-W", "error", ROOT / "scripts" / script, *map(str, args)],
@@ -48,7 +55,7 @@ def start(script: str, *args: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env=environment(),
     )
 
 
@@ -224,7 +231,7 @@ def test_another_number_of_devices_goes_on_with_the_same_run(whole, text, tmp_pa
     stopped.communicate(timeout=60)
     process = subprocess.run(
         [sys.executable, ROOT / "scripts/train.py", *arguments(tmp_path, text)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=environment(devices=4),
         capture_output=True,
         text=True,
         check=True,
@@ -261,7 +268,7 @@ def test_of_two_at_once_one_goes_on(alone, text, tmp_path, trial):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            env=environment(),
         )
 
     first = begin()
