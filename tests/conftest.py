@@ -8,7 +8,15 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in this process
+
+# Tests, and the programs that they start, compile much that is the same.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the other processes of pytest do
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-")
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,15 +26,6 @@ import pytest
 
 from gpt2_jax.model import GPT2, Params
 from shapes import TINY, random_params
-
-# The programs that tests start are mostly the same: the first of them compiles.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the other processes of pytest do
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt2_jax-")
-    atexit.register(
-        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
-    )
 
 
 @pytest.fixture(scope="session")

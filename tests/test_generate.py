@@ -239,7 +239,12 @@ def test_the_caller_may_end_a_row_after_a_token_that_it_waits_for(tiny):
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_draft"), [("prompt_lookup", 3), ("itself", 3), ("another", 1)]
+    ("kind", "n_draft"),
+    [
+        ("prompt_lookup", 3),
+        pytest.param("itself", 3, marks=pytest.mark.slow),
+        ("another", 1),
+    ],
 )
 def test_guesses_change_nothing_but_the_number_of_steps(tiny, kind, n_draft):
     model, params = tiny
@@ -340,7 +345,10 @@ def test_a_row_that_may_say_nothing_more_is_exhausted(tiny):
     assert row.finish == "exhausted"
 
 
-@pytest.mark.parametrize(("shape", "n_draft"), [((1, 1, 4), 0), ((2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    ("shape", "n_draft"),
+    [pytest.param((1, 1, 4), 0, marks=pytest.mark.slow), ((2, 2, 2), 2)],
+)
 def test_on_a_mesh_the_tokens_are_the_same(shape, n_draft):
     cfg = dataclasses.replace(TINY, vocab_size=64)
     model, params = GPT2(cfg), random_params(cfg, 0.2)

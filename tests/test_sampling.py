@@ -755,7 +755,7 @@ def test_a_p_near_zero_keeps_one_token(keep, p):
     np.testing.assert_array_equal(kept(out).sum(-1), np.ones(B))
 
 
-N = 200_000
+N = 60_000
 PROBS = np.array([0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.04, 0.01])
 
 

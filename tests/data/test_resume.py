@@ -113,7 +113,7 @@ def expected(paths: list[Path], folder: Path, threads: int = 1) -> dict[str, byt
     return contents(folder)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_twice(corpus, tmp_path, count):
     """One text is cut; several files, of many documents, are spread by hash."""
     paths = corpus[:count]

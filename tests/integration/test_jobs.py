@@ -116,11 +116,11 @@ def test_processes_train_as_one_and_one_goes_on_from_them(alone, text, tmp_path,
     assert losses(workdir).keys() == expected.keys()
     for step, loss in losses(workdir).items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
-    # their checkpoint is one of a single process, on one device and on four
+    # their checkpoint is one of a single process, on one device and on several
     for path in (workdir / "checkpoints").iterdir():
         if int(path.name) > 15:
             shutil.rmtree(path)
-    for devices in (1, 4):
+    for devices in (1,) if n == 2 else (1, n):
         copy = shutil.copytree(workdir, tmp_path / f"on-{devices}")
         process = subprocess.run(
             [sys.executable, ROOT / "scripts/train.py", *arguments(copy, text)],

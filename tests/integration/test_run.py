@@ -154,7 +154,9 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(whole, text, tmp_path
     assert arrays(tmp_path) == arrays(whole), f"killed at {step}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_says_how_to_resume(whole, text, tmp_path, number):
     process = start("train.py", *arguments(tmp_path, text))
     wait_for_step(process, tmp_path, 7)
