@@ -44,8 +44,8 @@ def prepare(folder: Path) -> None:
     from test_lm_eval import write_tasks
 
     from gpt2_jax.config import GPT2Config
-    from gpt2_jax.interop import hf
-    from gpt2_jax.tokenizer import load_tokenizer
+    from gpt2_jax.formats import hf
+    from gpt2_jax.tokenizers.tokenizer import load_tokenizer
     from shapes import random_params
 
     cfg = GPT2Config.named("gpt2")
@@ -66,7 +66,7 @@ def work(name: str, folder: Path) -> None:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import gpt2_jax.lm_eval  # noqa: F401, registers itself
+    import gpt2_jax.evaluation.lm_eval  # noqa: F401, registers itself
 
     argument = {"hf": "pretrained", "gpt2_jax": "path"}[name]
     results: dict[str, dict[str, float]] = {}

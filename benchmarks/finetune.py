@@ -16,9 +16,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from gpt2_jax.records import read_metrics
-from gpt2_jax.train import train
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.records import read_metrics
+from gpt2_jax.training.train import train
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
 _TEXT = flags.DEFINE_string("text", None, "The second corpus.", required=True)

@@ -24,7 +24,7 @@ LOAD = """
 import json, re, sys, time
 import jax
 import gpt2_jax
-from gpt2_jax.sharding import make_mesh
+from gpt2_jax.runtime.sharding import make_mesh
 jax.block_until_ready(jax.numpy.zeros(3) + 1)
 # Not ru_maxrss, which a child takes over from its parent.
 status = lambda: open("/proc/self/status").read()
@@ -42,9 +42,9 @@ print(json.dumps({
 
 def write(folder: Path, size: str, dtype: str) -> None:
     from gpt2_jax.config import GPT2Config
-    from gpt2_jax.interop.hf import config_values, write_safetensors
-    from gpt2_jax.interop.names import their_name
-    from gpt2_jax.interop.params import matrix_shapes
+    from gpt2_jax.formats.hf import config_values, write_safetensors
+    from gpt2_jax.formats.names import their_name
+    from gpt2_jax.formats.params import matrix_shapes
 
     cfg = GPT2Config.named(size)
     rng = np.random.default_rng(0)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.data.prepare import prepare
-from gpt2_jax.tokenizer import GPT2Tokenizer, load_tokenizer
+from gpt2_jax.tokenizers.tokenizer import GPT2Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = 2

@@ -27,11 +27,14 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from gpt2_jax import cli, optim, sharding
-from gpt2_jax.tokenizer import NoTokenizer
-from gpt2_jax.train import jit_step, make_model
-from gpt2_jax.train_config import TrainConfig
-from gpt2_jax.train_step import init_state
+from gpt2_jax.commands import cli
+from gpt2_jax.runtime import sharding
+from gpt2_jax.runtime.platform import traced_for
+from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+from gpt2_jax.training import optim
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.step import init_state
+from gpt2_jax.training.train import jit_step, make_model
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
 
@@ -71,7 +74,7 @@ def work(n_layer: int) -> None:
     model = make_model(cfg, NoTokenizer(_VOCAB.value, None, "none is needed"), mesh)
     model = model.clone(scan_layers=model.scan_layers or _SCAN.value)
     optimizer = optim.make_optimizer(cfg.optim, cfg.steps)
-    with sharding.traced_for("tpu") if _SCAN.value else nullcontext():
+    with traced_for("tpu") if _SCAN.value else nullcontext():
         state = init_state(model, optimizer, mesh, seed=0)
         step = jit_step(cfg, model, optimizer, state, mesh, _VOCAB.value)
         jax.block_until_ready(step(state, np.zeros((1, 1, T + 1), np.int32)))

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from gpt2_jax.records import read_metrics
+from gpt2_jax.training.records import read_metrics
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes of each kind, in turn.")
 _ONLY = flags.DEFINE_string("only", "", "Settings that match this regex.")

@@ -26,7 +26,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     """Imports a public name, and JAX with it, when it is first used.
 
-    So that `gpt2_jax.door` can be imported before JAX is.
+    So that `gpt2_jax.commands.door` can be imported before JAX is.
     """
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

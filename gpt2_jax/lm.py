@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_jax.beam import Hypothesis, beam_search
 from gpt2_jax.checks import integer, is_list, items, shown
 from gpt2_jax.checks import token_ids as as_ids
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.explain import Explanation, explain
-from gpt2_jax.generate import (
+from gpt2_jax.decoding.beam import Hypothesis, beam_search
+from gpt2_jax.decoding.generate import (
     NO_DRAFT,
     Decoder,
     Draft,
@@ -29,16 +28,23 @@ from gpt2_jax.generate import (
     check_ids,
     sampling_of,
 )
-from gpt2_jax.interop.formats import open_model
-from gpt2_jax.model import GPT2, Params, abstract_params
-from gpt2_jax.options import Options
-from gpt2_jax.prompts import read_prompts
-from gpt2_jax.score import Row as ScoredRow
-from gpt2_jax.score import Score, score_rows, sliding_rows
-from gpt2_jax.sharding import on_device, tree_shardings
-from gpt2_jax.text import TextStream, completing_tokens
-from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, before_text, encode_prompt
-from gpt2_jax.weights import INT8, check_dtype, model_of, quantize, turned
+from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.prompts import read_prompts
+from gpt2_jax.decoding.score import Row as ScoredRow
+from gpt2_jax.decoding.score import Score, score_rows, sliding_rows
+from gpt2_jax.decoding.text import TextStream, completing_tokens
+from gpt2_jax.decoding.weights import INT8, check_dtype, model_of, quantize, turned
+from gpt2_jax.formats.formats import open_model
+from gpt2_jax.interpret.explain import Explanation, explain
+from gpt2_jax.layout import Params
+from gpt2_jax.model import GPT2, abstract_params
+from gpt2_jax.runtime.sharding import on_device, tree_shardings
+from gpt2_jax.tokenizers.tokenizer import (
+    NoTokenizer,
+    Tokenizer,
+    before_text,
+    encode_prompt,
+)
 
 Ids = Sequence[int] | np.ndarray
 Prompt = str | Ids
@@ -62,7 +68,7 @@ def load(
         latest.
       revision: of a model on the hub; None: the main one.
       dtype: float32 or bfloat16, of the parameters and the computation; or int8, of the
-        weights (see `gpt2_jax.weights`).
+        weights (see `gpt2_jax.decoding.weights`).
       mesh: where the parameters shall live; None: on the first device.
 
     Raises:
@@ -182,7 +188,7 @@ class LanguageModel:
 
         Raises:
           ValueError: on a bad id, a text over n_positions, or one that is too long for
-            a page (see `gpt2_jax.explain`).
+            a page (see `gpt2_jax.interpret.explain`).
         """
         ids = self._encode_one("explain", prompt)
         check_ids(ids, self._n_valid)
@@ -293,7 +299,7 @@ class LanguageModel:
         Args:
           prompt: text, a list of texts, token ids, or a list of token ids. Empty
             text stands for the beginning of a document.
-          options: see `gpt2_jax.options.Options`; and `draft`, `n_draft`, see
+          options: see `gpt2_jax.decoding.options.Options`; and `draft`, `n_draft`, see
             `complete`.
 
         Returns:

@@ -25,7 +25,8 @@ from gpt2_jax.fields import (
     check_range,
     check_types,
 )
-from gpt2_jax.model import LAYER, STACKED, Params, abstract_params, unstack_layers
+from gpt2_jax.layout import LAYER, STACKED, Params, unstack_layers
+from gpt2_jax.model import abstract_params
 
 # The kernels of a layer, and how many of their axes are inputs.
 KERNELS = {"attn/c_attn": 1, "attn/c_proj": 2, "mlp/c_fc": 1, "mlp/c_proj": 1}

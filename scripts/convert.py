@@ -4,12 +4,12 @@ python scripts/convert.py --model=runs/quickstart --to=hf --out=export
 python scripts/convert.py --model=openai-community/gpt2 --to=llmc --out=gpt2.bin
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags
 
-from gpt2_jax.interop.formats import FORMATS, convert
+from gpt2_jax.formats.formats import FORMATS, convert
 
 _MODEL = flags.DEFINE_string(
     "model",

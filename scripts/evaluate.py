@@ -7,15 +7,15 @@ The first gives loss and perplexity of a run over a whole split of its data. MOD
 whatever gpt2_jax.load takes; tasks and their files are in docs/evaluation.md.
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags
 
-from gpt2_jax.detokenize import DETOKENIZERS
-from gpt2_jax.evaluate import evaluate_run
-from gpt2_jax.task_runs import evaluate_task
-from gpt2_jax.tasks import TARGETS, TASKS, Options
+from gpt2_jax.decoding.detokenize import DETOKENIZERS
+from gpt2_jax.evaluation.task_runs import evaluate_task
+from gpt2_jax.evaluation.tasks import TARGETS, TASKS, Options
+from gpt2_jax.training.evaluate import evaluate_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")

@@ -4,7 +4,7 @@ python scripts/explain.py --workdir=runs/quickstart --prompt="A class" --out=pag
 python scripts/explain.py --model=openai-community/gpt2 --prompt="Once" --out=page.html
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags

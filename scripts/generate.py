@@ -4,13 +4,13 @@ python scripts/generate.py --workdir=runs/quickstart --prompt="The import statem
 python scripts/generate.py --workdir=openai-community/gpt2 --prompt="Once" --stream
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags
 
 import gpt2_jax
-from gpt2_jax import cli
+from gpt2_jax.commands import cli
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of a run, or whatever gpt2_jax.load takes.", required=True

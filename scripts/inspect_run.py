@@ -6,13 +6,13 @@ It is not called inspect.py: a script's folder comes first when Python imports, 
 many packages import the standard library's `inspect`.
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags
 
-from gpt2_jax.files import user_path
-from gpt2_jax.inspect_run import describe
+from gpt2_jax.commands.inspect_run import describe
+from gpt2_jax.runtime.files import user_path
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 

@@ -4,13 +4,13 @@ python scripts/plot.py --workdirs=runs/quickstart --out=curves.png
 python scripts/plot.py --workdirs=runs/a,runs/b --out=curves.png --x=tokens
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags
 
-from gpt2_jax.files import user_path
-from gpt2_jax.plot import AXES, draw_curves
+from gpt2_jax.runtime.files import user_path
+from gpt2_jax.training.plot import AXES, draw_curves
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of runs.", required=True)
 _OUT = flags.DEFINE_string("out", None, "The PNG to write.", required=True)

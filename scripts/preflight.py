@@ -8,7 +8,7 @@ has two; n_devices is what `jax.device_count()` says there. Exits with 1 when th
 does not fit as given.
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 import sys
@@ -16,10 +16,10 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from gpt2_jax import preflight
-from gpt2_jax.chips import CHIPS, chip_named
-from gpt2_jax.metrics import EXPECTED_MFU
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.runtime.chips import CHIPS, chip_named
+from gpt2_jax.training import preflight
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.metrics import EXPECTED_MFU
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: configs/NAME.py.")
 _CHIP = flags.DEFINE_string(

@@ -1,6 +1,6 @@
 """Text -> token shards: prepare_data.py --path=book.txt --out=data/book."""
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags

@@ -35,7 +35,7 @@ setup_venv() {
   "$venv_python" -m pip install -qq --disable-pip-version-check --no-compile \
     -e "$root${extra:+[$extra]}" || fail "pip could not install gpt2_jax, see above"
   env -u PYTHONDONTWRITEBYTECODE "$venv_python" -c \
-    "import gpt2_jax.train, matplotlib.figure, sentencepiece, tensorboardX" ||
+    "import gpt2_jax.training.train, matplotlib.figure, sentencepiece, tensorboardX" ||
     fail "what was installed can't be imported, see above"
   touch "$venv/.installed" "$stamp"
   rm -f "$unfinished"

@@ -9,16 +9,16 @@ Ctrl-C or a closed terminal, with a checkpoint; 75 a peer was lost; after all of
 the same command goes on. 2 is bad input.
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from absl import flags
 from ml_collections import config_flags
 
-from gpt2_jax import distributed
-from gpt2_jax.profiling import parse_steps
-from gpt2_jax.train import train
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.runtime import distributed
+from gpt2_jax.runtime.profiling import parse_steps
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.train import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)

@@ -6,14 +6,14 @@ Recomputes, in float32 and bfloat16, the logits and ten updates that
 tests/make_goldens.py took from transformers on torch in float32.
 """
 
-from gpt2_jax.door import run  # first: what Ctrl-C does from here on
+from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 
 # isort: split
 from pathlib import Path
 
 import jax
 
-from gpt2_jax.verify import differences
+from gpt2_jax.commands.verify import differences
 
 GOLDENS = Path(__file__).resolve().parents[1] / "tests/goldens/gpt2_tiny.npz"
 # Largest differences allowed, of logits that reach 2.5: float32 sums in another order,

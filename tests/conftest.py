@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 import jax.monitoring
 import pytest
 
-from gpt2_jax.model import GPT2, Params
+from gpt2_jax.layout import Params
+from gpt2_jax.model import GPT2
 from shapes import TINY, random_params
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import Params
+from gpt2_jax.layout import Params
 
 SMALL = GPT2Config(
     vocab_size=17,

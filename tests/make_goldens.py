@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import transformers
 
-from gpt2_jax.optim import OptimConfig, schedule
-from gpt2_jax.verify import CFG, OPTIM
+from gpt2_jax.commands.verify import CFG, OPTIM
+from gpt2_jax.training.optim import OptimConfig, schedule
 
 PATH = Path(__file__).parent / "goldens/gpt2_tiny.npz"
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")

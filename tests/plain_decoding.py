@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.sampling import draw_token
+from gpt2_jax.decoding.sampling import draw_token
 
 # Where two numbers that decide are nearer than this, float32 may rightly decide
 # otherwise: logits are of size 5, and a sum of such in float32 is right to 1e-5.

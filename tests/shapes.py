@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import Params, abstract_params
+from gpt2_jax.layout import Params
+from gpt2_jax.model import abstract_params
 
 TINY = GPT2Config(
     vocab_size=61,

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_jax.options import Options
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.decoding.options import Options
+from gpt2_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -150,7 +150,12 @@ def check_command(words: list[str]) -> None:
         check_command(rest)
     elif program in ("python", "python3"):
         if rest[0] == "-m":
-            assert rest[1] in ("pytest", "venv", "pip", "gpt2_jax.lm_eval"), words
+            assert rest[1] in (
+                "pytest",
+                "venv",
+                "pip",
+                "gpt2_jax.evaluation.lm_eval",
+            ), words
         else:
             check_flags(rest[0], rest[1:], flags_of(rest[0]))
     elif program == "pip":

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.interop.names import their_name
-from gpt2_jax.interop.params import matrices
+from gpt2_jax.commands.verify import CFG, OPTIM, weights
+from gpt2_jax.formats.names import their_name
+from gpt2_jax.formats.params import matrices
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.optim import make_optimizer
-from gpt2_jax.tokenizer import NoTokenizer
-from gpt2_jax.train_step import TrainState, gradients, train_step
-from gpt2_jax.verify import CFG, OPTIM, weights
+from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+from gpt2_jax.training.optim import make_optimizer
+from gpt2_jax.training.step import TrainState, gradients, train_step
 
 MODEL = GPT2(CFG)
 

@@ -14,96 +14,30 @@ from gpt2_jax.lm import load
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Top to bottom: a file imports from lines below its own, never from above.
-# __init__ is what `import gpt2_jax` gives; data is data/__init__.py, which is empty.
-HOUSE = [
-    "door",
-    "cli",
-    "lm_eval",
+# The floors, from top to bottom: a file imports from its own and from lower ones.
+# __init__ is what `import gpt2_jax` gives.
+FLOORS = [
+    "commands",
+    "evaluation",
     "__init__",
-    "task_runs",
-    "tasks",
     "lm",
-    "preflight",
-    "inspect_run",
-    "train",
-    "plot",
-    "finetune",
-    "stop",
-    "evaluate",
-    "samples",
-    "batches",
-    "verify",
-    "train_config",
-    "train_step",
-    "explain",
-    "score",
-    "beam",
-    "generate",
-    "sampling",
-    "options",
-    "prompts",
-    "text",
-    "detokenize",
-    "interop.formats",
-    "checkpoint",
-    "given_up",
-    "contract",
-    "retention",
-    "integrity",
-    "steps",
-    "plain_path",
-    "data.sft",
-    "data.loader",
-    "data.run_data",
-    "data.prepare",
-    "data.workplace",
-    "data.encode",
-    "data.tokenizers",
-    "data.foreign",
-    "data.shards",
-    "data.sources",
-    "data.records",
-    "data.stored",
-    "data.corpus",
-    "interop.nanogpt",
-    "interop.llmc",
-    "interop.hf",
-    "interop.openai_tf",
-    "interop.torch_file",
-    "interop.pickles",
-    "interop.safetensors_file",
-    "interop.names",
-    "interop.params",
-    "interop.tensors",
-    "tokenizer",
-    "token_roles",
-    "added_tokens",
-    "optim",
-    "metrics",
-    "records",
-    "profiling",
-    "environment",
-    "xla_flags",
-    "distributed",
-    "losses",
-    "kernels",
-    "lora",
-    "weights",
-    "model",
-    "attention",
-    "sharding",
-    "cache",
-    "chips",
-    "config",
-    "lock",
-    "files",
-    "partial",
-    "fields",
-    "budget",
-    "checks",
+    "interpret",
+    "training",
+    "decoding",
     "data",
-    "interop",
+    "formats",
+    "checkpoints",
+    "tokenizers",
+    "lora",
+    "model",
+    "layers",
+    "layout",
+    "cache",
+    "ops",
+    "runtime",
+    "config",
+    "fields",
+    "checks",
 ]
 
 
@@ -144,21 +78,18 @@ def is_of(imported: str, package: str) -> bool:
     return f"{imported}.".startswith(f"{package}.")
 
 
-def lines_of_the_house(source: str) -> set[str]:
-    """The lines of the house that a file imports from."""
-    lines = set()
+def floor_of(name: str) -> str:
+    return name.partition(".")[0] or "__init__"
+
+
+def upward_imports(floor: str, source: str) -> list[str]:
+    """The floors above its own that a file imports from."""
+    floors = set()
     for imported in imports(source):
         if is_of(imported, "gpt2_jax"):
-            inner = imported.removeprefix("gpt2_jax").removeprefix(".")
-            # gpt2_jax.data.loader.TokenDataset is of data.loader, not of data.
-            found = [line for line in HOUSE if is_of(inner, line)]
-            lines.add(max(found, key=len, default="__init__"))
-    return lines
-
-
-def upward_imports(line: str, source: str) -> list[str]:
-    below = HOUSE[HOUSE.index(line) + 1 :]
-    return sorted(lines_of_the_house(source).difference(below))
+            found = floor_of(imported.removeprefix("gpt2_jax").removeprefix("."))
+            floors.add(found if found in FLOORS else "__init__")
+    return sorted(floors.difference(FLOORS[FLOORS.index(floor) :]))
 
 
 def importers_of(package: str, files: dict[str, Path], **kwargs: bool) -> list[str]:
@@ -169,40 +100,39 @@ def importers_of(package: str, files: dict[str, Path], **kwargs: bool) -> list[s
     ]
 
 
-def test_every_file_has_its_line():
-    assert sorted(LIBRARY) == sorted(HOUSE)
+def test_every_file_has_its_floor():
+    assert {floor_of(name) for name in LIBRARY} == {*FLOORS}
 
 
-@pytest.mark.parametrize("line", HOUSE)
-def test_imports_point_downward(line):
-    assert upward_imports(line, LIBRARY[line].read_text()) == []
+@pytest.mark.parametrize("name", LIBRARY)
+def test_imports_point_downward(name):
+    assert upward_imports(floor_of(name), LIBRARY[name].read_text()) == []
 
 
 @pytest.mark.parametrize(
-    ("line", "source", "expected"),
+    ("floor", "source", "expected"),
     [
         ("model", "from gpt2_jax.cache import KVCache", []),
         ("model", "from gpt2_jax import cache, config", []),
-        ("model", "import gpt2_jax.train", ["train"]),
-        ("model", "from gpt2_jax.train import train", ["train"]),
-        ("model", "from gpt2_jax import cache, train", ["train"]),
-        ("model", "from gpt2_jax.model import GPT2", ["model"]),
+        ("model", "import gpt2_jax.training.train", ["training"]),
+        ("model", "from gpt2_jax.training.train import train", ["training"]),
+        ("model", "from gpt2_jax import cache, training", ["training"]),
+        ("model", "from gpt2_jax.model import GPT2", []),
         ("model", "def f():\n    from gpt2_jax import lm", ["lm"]),
         ("model", "if TYPE_CHECKING:\n    from gpt2_jax import lm", ["lm"]),
         ("model", "class C:\n    async def f():\n        import gpt2_jax.lm", ["lm"]),
         ("model", "import gpt2_jax", ["__init__"]),
         ("model", "from gpt2_jax import GPT2", ["__init__"]),
         ("model", "import gpt2_jaxlike, optax", []),
-        ("train", "from gpt2_jax.train_step import train_step", []),
-        ("train_step", "from gpt2_jax.train import train", ["train"]),
-        ("data.loader", "from gpt2_jax.data.prepare import load_index", []),
-        ("data.prepare", "from gpt2_jax.data import loader, sources", ["data.loader"]),
-        ("data.sources", "import gpt2_jax.data.prepare as p", ["data.prepare"]),
-        ("data", "from gpt2_jax.config import GPT2Config", ["config"]),
+        ("training", "from gpt2_jax.decoding.score import score", []),
+        ("training", "from gpt2_jax.training.step import train_step", []),
+        ("data", "from gpt2_jax.data.prepare import load_index", []),
+        ("data", "import gpt2_jax.decoding.score as s", ["decoding"]),
+        ("data", "from gpt2_jax.config import GPT2Config", []),
     ],
 )
-def test_upward_imports_are_found(line, source, expected):
-    assert upward_imports(line, source) == expected
+def test_upward_imports_are_found(floor, source, expected):
+    assert upward_imports(floor, source) == expected
 
 
 def test_relative_imports_are_found():
@@ -210,8 +140,8 @@ def test_relative_imports_are_found():
         list(imports("import jax\nfrom . import train"))
 
 
-def test_only_the_model_knows_linen():
-    assert importers_of("flax.linen", LIBRARY) == ["model"]
+def test_only_the_model_and_its_layers_know_linen():
+    assert importers_of("flax.linen", LIBRARY) == ["layers", "model"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +153,11 @@ def test_library_does_without(package):
 
 @pytest.mark.parametrize(
     ("package", "line"),
-    [("tensorboardX", "metrics"), ("wandb", "metrics"), ("matplotlib", "plot")],
+    [
+        ("tensorboardX", "training.metrics"),
+        ("wandb", "training.metrics"),
+        ("matplotlib", "training.plot"),
+    ],
 )
 def test_imported_where_it_is_used_only(package, line):
     assert importers_of(package, LIBRARY) == [line]

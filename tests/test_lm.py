@@ -5,7 +5,7 @@ import pytest
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizer import ByteTokenizer, NoTokenizer
+from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, NoTokenizer
 from shapes import TINY, random_params
 
 

@@ -4,14 +4,15 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-
-from gpt2_jax.lora import LoraConfig, init_adapters, merged, with_adapters
-from gpt2_jax.model import GPT2, count_params, stack_layers, unstack_layers
-from gpt2_jax.optim import make_optimizer
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train_step import gradients, init_state, train_step
-from shapes import TINY
 from test_optim import CFG
+
+from gpt2_jax.layout import count_params, stack_layers, unstack_layers
+from gpt2_jax.lora import LoraConfig, init_adapters, merged, with_adapters
+from gpt2_jax.model import GPT2
+from gpt2_jax.runtime.sharding import make_mesh
+from gpt2_jax.training.optim import make_optimizer
+from gpt2_jax.training.step import gradients, init_state, train_step
+from shapes import TINY
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, kernels=("c_attn", "c_proj", "c_fc"))
 RNG = np.random.default_rng(0)

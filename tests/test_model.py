@@ -9,22 +9,15 @@ import numpy as np
 import pytest
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from gpt2_jax.attention import QUERIES
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import (
-    GPT2,
-    abstract_params,
-    activate,
-    affine,
-    count_params,
-    dtype_named,
-    init,
-    normalize,
-    stack_layers,
-    unstack_layers,
-)
-from gpt2_jax.sharding import traced_for
+from gpt2_jax.layout import count_params, dtype_named, stack_layers, unstack_layers
+from gpt2_jax.model import GPT2, abstract_params, init
+from gpt2_jax.ops.activation import activate
+from gpt2_jax.ops.attention import QUERIES
+from gpt2_jax.ops.linear import affine
+from gpt2_jax.ops.norm import normalize
+from gpt2_jax.runtime.platform import traced_for
 from plain_decoding import reference_logits
 from shapes import TINY, random_params
 

@@ -18,17 +18,17 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.data.sft import check_template
 from gpt2_jax.data.tokenizers import train_tokenizer
-from gpt2_jax.evaluate import evaluate_run
-from gpt2_jax.interop.formats import convert
+from gpt2_jax.decoding.options import INTEGERS, NUMBERS, Options
+from gpt2_jax.decoding.score import Row
+from gpt2_jax.evaluation.task_runs import evaluate_task
+from gpt2_jax.evaluation.tasks import Options as TaskOptions
+from gpt2_jax.formats.formats import convert
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.options import INTEGERS, NUMBERS, Options
-from gpt2_jax.score import Row
-from gpt2_jax.task_runs import evaluate_task
-from gpt2_jax.tasks import Options as TaskOptions
-from gpt2_jax.tokenizer import ByteTokenizer
-from gpt2_jax.train import train
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.evaluate import evaluate_run
+from gpt2_jax.training.train import train
 from shapes import TINY
 
 

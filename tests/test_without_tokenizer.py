@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from test_train import config
 
 import gpt2_jax
 from foreign import write_hf, write_nanogpt
 from gpt2_jax.data.foreign import tokenizer_of
 from gpt2_jax.data.prepare import load_index
-from gpt2_jax.evaluate import evaluate_run
-from gpt2_jax.tokenizer import NoTokenizer
-from gpt2_jax.train import train
-from test_train import config
+from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+from gpt2_jax.training.evaluate import evaluate_run
+from gpt2_jax.training.train import train
 
 VALUES = {
     "steps": 2,

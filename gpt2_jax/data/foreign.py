@@ -25,9 +25,14 @@ from gpt2_jax.data.shards import (
     check_ids,
 )
 from gpt2_jax.data.sources import is_remote
-from gpt2_jax.files import check_regular, user_path
-from gpt2_jax.interop import nanogpt
-from gpt2_jax.tokenizer import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_hash
+from gpt2_jax.formats import nanogpt
+from gpt2_jax.runtime.files import check_regular, user_path
+from gpt2_jax.tokenizers.tokenizer import (
+    NoTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_hash,
+)
 
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's ids, Llama 3's
 HEADER_BYTES = 4 * 256

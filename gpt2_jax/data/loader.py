@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt2_jax.checks import check_choice
 from gpt2_jax.data.prepare import load_index
-from gpt2_jax.files import user_path
+from gpt2_jax.runtime.files import user_path
 
 
 class TokenDataset:

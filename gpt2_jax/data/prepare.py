@@ -39,8 +39,8 @@ from gpt2_jax.data.stored import Place
 from gpt2_jax.data.tokenizers import KINDS, build_tokenizer
 from gpt2_jax.data.workplace import State, Workplace, Writer, is_ours
 from gpt2_jax.fields import check_range, check_seed
-from gpt2_jax.files import user_path
-from gpt2_jax.tokenizer import (
+from gpt2_jax.runtime.files import user_path
+from gpt2_jax.tokenizers.tokenizer import (
     NoTokenizer,
     Tokenizer,
     load_tokenizer,

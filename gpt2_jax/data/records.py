@@ -18,7 +18,7 @@ from gpt2_jax.data.stored import (
     open_file,
     read_lines,
 )
-from gpt2_jax.files import parse_json
+from gpt2_jax.runtime.files import parse_json
 
 Row = dict[str, Any]
 _UNITS = {"jsonl": "line", "parquet": "row", "hf": "example"}

@@ -30,8 +30,8 @@ from gpt2_jax.data.shards import Index
 from gpt2_jax.data.sources import is_remote
 from gpt2_jax.data.tokenizers import KINDS, build_tokenizer
 from gpt2_jax.data.workplace import write_json
-from gpt2_jax.files import read_json, user_path
-from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gpt2_jax.runtime.files import read_json, user_path
+from gpt2_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 PLACES = "data.json"  # of prepared folders elsewhere, in the run's folder
 ANOTHER = "choose another workdir, or give what this run began with"

@@ -25,8 +25,8 @@ from gpt2_jax.data.loader import Batch, InOrder
 from gpt2_jax.data.records import Records, Row, text_of
 from gpt2_jax.data.shards import SPLITS
 from gpt2_jax.data.sources import documents, form_of
-from gpt2_jax.files import check_regular, user_path
-from gpt2_jax.tokenizer import Tokenizer, end_of_text
+from gpt2_jax.runtime.files import check_regular, user_path
+from gpt2_jax.tokenizers.tokenizer import Tokenizer, end_of_text
 
 ASSISTANT = "assistant"
 CONTENT = "{content}"

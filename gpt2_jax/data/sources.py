@@ -25,8 +25,8 @@ from gpt2_jax.checks import check_choice, items, shown
 from gpt2_jax.data.corpus import default_documents
 from gpt2_jax.data.records import Records, hf_source
 from gpt2_jax.data.stored import open_file, read_lines, reading, remote, text_start
-from gpt2_jax.files import check_regular, is_url, user_path
-from gpt2_jax.partial import removed
+from gpt2_jax.runtime.files import check_regular, is_url, user_path
+from gpt2_jax.runtime.partial import removed
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")

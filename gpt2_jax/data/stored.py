@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from gpt2_jax.files import check_regular, is_url, user_path
+from gpt2_jax.runtime.files import check_regular, is_url, user_path
 
 LINE_BYTES = 1 << 26  # of a line, at most
 UNPACKED = 1 << 26, 256  # bytes that a file may unpack to: so many, and times its own

@@ -10,9 +10,9 @@ from gpt2_jax.data import sources
 from gpt2_jax.data.shards import MOST
 from gpt2_jax.data.sources import Paths
 from gpt2_jax.fields import check_range, check_seed
-from gpt2_jax.files import user_path
-from gpt2_jax.partial import appears_whole
-from gpt2_jax.tokenizer import (
+from gpt2_jax.runtime.files import user_path
+from gpt2_jax.runtime.partial import appears_whole
+from gpt2_jax.tokenizers.tokenizer import (
     SENTENCEPIECE_MODELS,
     ByteTokenizer,
     CharTokenizer,

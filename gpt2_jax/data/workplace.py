@@ -18,7 +18,7 @@ import numpy as np
 from gpt2_jax.data.encode import Counts
 from gpt2_jax.data.shards import SPLITS, Index, Shard, Split
 from gpt2_jax.data.stored import Place
-from gpt2_jax.lock import Lock
+from gpt2_jax.runtime.lock import Lock
 
 
 @dataclass(slots=True)

@@ -19,9 +19,9 @@ from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.data.sft import read_examples
 from gpt2_jax.data.shards import read_index
 from gpt2_jax.data.sources import documents
-from gpt2_jax.tasks import TASKS, Options, Reader
-from gpt2_jax.tokenizer import ByteTokenizer
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.evaluation.tasks import TASKS, Options, Reader
+from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.training.config import TrainConfig
 
 BYTES = ByteTokenizer()
 CASES = settings(max_examples=1000, derandomize=True, database=None, deadline=None)

@@ -17,7 +17,7 @@ from gpt2_jax.data import sources, tokenizers
 from gpt2_jax.data.prepare import fingerprint, load_index, prepare
 from gpt2_jax.data.run_data import prepared_folder
 from gpt2_jax.data.tokenizers import build_tokenizer
-from gpt2_jax.tokenizer import (
+from gpt2_jax.tokenizers.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     load_tokenizer,
@@ -210,7 +210,7 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(tmp_path: Path):
     program = """
 import sys, time
 from gpt2_jax.data.prepare import prepare
-from gpt2_jax.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
 def progress(*_):
     print("going", flush=True)
     time.sleep(60)

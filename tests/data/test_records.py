@@ -19,7 +19,7 @@ from gpt2_jax.data import prepare as module
 from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.data.sources import documents, split_paths
 from gpt2_jax.data.stored import Place
-from gpt2_jax.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
+from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {n}: " + "é🙂\n" * (n % 7) for n in range(300)]
@@ -239,7 +239,7 @@ def test_names_of_data_sets(tmp_path, monkeypatch):
 
 
 def test_unknown_tokens_are_counted(tmp_path):
-    from gpt2_jax.tokenizer import train_sentencepiece
+    from gpt2_jax.tokenizers.tokenizer import train_sentencepiece
 
     tokenizer = train_sentencepiece(
         ["abc abc\n"] * 50, 6, model_type="char", byte_fallback=False
@@ -413,7 +413,7 @@ def test_another_request_does_not_destroy_unfinished_work(tmp_path, monkeypatch)
         import fcntl
 
         fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr("gpt2_jax.lock.PATIENCE", 0)
+        monkeypatch.setattr("gpt2_jax.runtime.lock.PATIENCE", 0)
         with pytest.raises(BlockingIOError, match="another process is preparing"):
             prepare(tmp_path / "a.jsonl", tmp_path / "out", ByteTokenizer())
     # nobody can finish what was made of a text that has changed

@@ -14,7 +14,7 @@ from gpt2_jax.data.prepare import prepare
 from gpt2_jax.data.sft import read_examples
 from gpt2_jax.data.sources import Document, documents, streams_stored, text_files
 from gpt2_jax.data.tokenizers import build_tokenizer
-from gpt2_jax.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
 
 ROW = '{"text": "caf\u00e9\u2028x"}\n'
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_jax import checkpoint
+from gpt2_jax.checkpoints import checkpoint
 from test_run import ROOT, TINY_RUN, arguments, environment, start, train
 
 

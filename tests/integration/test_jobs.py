@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax import load
-from gpt2_jax.records import read_metrics
+from gpt2_jax.training.records import read_metrics
 from test_run import (
     ROOT,
     arguments,

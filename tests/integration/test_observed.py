@@ -15,11 +15,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import default
-from gpt2_jax import metrics
-from gpt2_jax.inspect_run import describe
-from gpt2_jax.records import read_metrics
-from gpt2_jax.train import train
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.commands.inspect_run import describe
+from gpt2_jax.training import metrics
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.records import read_metrics
+from gpt2_jax.training.train import train
 
 OBSERVED = {
     "log_every": 1,

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax import checkpoint, load
-from gpt2_jax.lock import Lock
-from gpt2_jax.records import read_metrics
+from gpt2_jax import load
+from gpt2_jax.checkpoints import checkpoint
+from gpt2_jax.runtime.lock import Lock
+from gpt2_jax.training.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from configs import default
-from gpt2_jax import checkpoint, metrics, plot
-from gpt2_jax import train as train_module
-from gpt2_jax.records import read_metrics
-from gpt2_jax.stop import StopSignals
-from gpt2_jax.train import Result, train
-from gpt2_jax.train_config import TrainConfig
+from gpt2_jax.checkpoints import checkpoint
+from gpt2_jax.training import metrics, plot
+from gpt2_jax.training import train as train_module
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.records import read_metrics
+from gpt2_jax.training.stop import StopSignals
+from gpt2_jax.training.train import Result, train
 from test_observed import compile_once as compile_once  # the fixture
 
 RECORDED = ("step", "tokens", "loss", "val_loss", "grad_norm", "learning_rate")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import gpt2_jax
-from gpt2_jax.beam import beam_search
-from gpt2_jax.sampling import Sampling
+from gpt2_jax.decoding.beam import beam_search
+from gpt2_jax.decoding.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

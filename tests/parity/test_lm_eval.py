@@ -13,9 +13,9 @@ import pytest
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.corpus import default_corpus
-from gpt2_jax.detokenize import detokenize
-from gpt2_jax.interop import hf
-from gpt2_jax.tokenizer import load_tokenizer
+from gpt2_jax.decoding.detokenize import detokenize
+from gpt2_jax.formats import hf
+from gpt2_jax.tokenizers.tokenizer import load_tokenizer
 from shapes import random_params
 
 torch = pytest.importorskip("torch")
@@ -119,7 +119,7 @@ def run(folder, model, args, **options):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import gpt2_jax.lm_eval  # noqa: F401, registers itself
+    import gpt2_jax.evaluation.lm_eval  # noqa: F401, registers itself
 
     return simple_evaluate(
         model=model,
@@ -181,8 +181,14 @@ def test_figures_are_those_of_hf(both):
 
 
 def test_the_harness_own_command(folder):
-    """`python -m gpt2_jax.lm_eval` knows the class, and a second run its cache."""
-    command = [sys.executable, "-m", "gpt2_jax.lm_eval", "--model", "gpt2_jax"]
+    """`gpt2_jax.evaluation.lm_eval` knows the class, and a second run its cache."""
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2_jax.evaluation.lm_eval",
+        "--model",
+        "gpt2_jax",
+    ]
     command += ["--model_args", f"path={folder / 'model'}", "--tasks", "last_word"]
     command += ["--include_path", str(folder), "--use_cache", str(folder / "cache")]
     for times in range(2):

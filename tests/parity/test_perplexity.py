@@ -7,11 +7,11 @@ import pytest
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.corpus import default_corpus
-from gpt2_jax.interop import hf
+from gpt2_jax.evaluation.task_runs import evaluate_task
+from gpt2_jax.evaluation.tasks import Options
+from gpt2_jax.formats import hf
 from gpt2_jax.lm import load
-from gpt2_jax.task_runs import evaluate_task
-from gpt2_jax.tasks import Options
-from gpt2_jax.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
 from shapes import random_params
 
 torch = pytest.importorskip("torch")

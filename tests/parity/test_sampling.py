@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax.sampling import Sampling, edit_logits, filter_logits
+from gpt2_jax.decoding.sampling import Sampling, edit_logits, filter_logits
 from test_sampling import history_of, words_array
 
 torch = pytest.importorskip("torch")

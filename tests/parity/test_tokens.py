@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import gpt2_jax
-from gpt2_jax.interop.formats import convert
-from gpt2_jax.tokenizer import encode_prompt
+from gpt2_jax.formats.formats import convert
+from gpt2_jax.tokenizers.tokenizer import encode_prompt
 from test_added_tokens import END, ENTRY, SLOW, TEMPLATE, entry, tokenizer_json
 
 torch = pytest.importorskip("torch")

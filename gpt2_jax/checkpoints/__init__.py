@@ -1,0 +1,1 @@
+"""A run's checkpoints: saved whole, verified, restored."""

@@ -1,0 +1,1 @@
+"""Programs: what each subcommand does with its flags."""

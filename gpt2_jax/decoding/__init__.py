@@ -1,0 +1,1 @@
+"""Generating and scoring with a model and its cache."""

@@ -1,0 +1,1 @@
+"""The operations that the model is made of, and their backends."""

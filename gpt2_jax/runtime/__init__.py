@@ -1,0 +1,1 @@
+"""Devices, processes, the platform and the file system."""
