@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc, /dev/full")
-DOOR = "from gpt2_jax import door; import os, sys, time; "
+DOOR = "from gpt2_jax.commands import door; import os, sys, time; "
 
 
 def start(code: str, **kwargs) -> subprocess.Popen:

@@ -259,7 +259,7 @@ def alone(text, tmp_path_factory) -> Path:
 def test_of_two_at_once_one_goes_on(alone, text, tmp_path, trial):
     """The one that is refused changes nothing in the other."""
     impatient = (
-        "import runpy, sys; from gpt2_jax import lock; lock.PATIENCE = 1;"
+        "import runpy, sys; from gpt2_jax.runtime import lock; lock.PATIENCE = 1;"
         "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
 

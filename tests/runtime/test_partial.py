@@ -43,7 +43,7 @@ def test_what_is_done_stays(tmp_path):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_at_ctrl_c_in_a_program(tmp_path, kind):
     code = (
-        "from gpt2_jax import door; import time, pathlib, sys\n"
+        "from gpt2_jax.commands import door; import time, pathlib, sys\n"
         "from gpt2_jax.runtime.partial import appears_whole, removed\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "with removed(path):\n"
