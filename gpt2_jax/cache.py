@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from gpt2_jax.config import GPT2Config
 
+KV = tuple[jax.Array, jax.Array]  # of one layer
+
 
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the tokens seen so far, one pair of arrays a layer.

@@ -1,6 +1,7 @@
 """The shape of a GPT-2: a frozen, hashable, validated dataclass."""
 
 import dataclasses
+import math
 from typing import Any, Self
 
 from gpt2_jax.checks import check_choice
@@ -68,6 +69,16 @@ class GPT2Config:
     @property
     def mlp_dim(self) -> int:
         return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def residual_stddev(self) -> float:
+        """Init of both c_proj kernels: the residual stream sums 2 * n_layer of them."""
+        return self.initializer_range / math.sqrt(2 * self.n_layer)
+
+    def attention_scale(self, layer: Any) -> Any:
+        """What scores are multiplied by in a layer: GPT-2's is 1 / sqrt(head_dim)."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> Self:

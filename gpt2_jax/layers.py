@@ -1,7 +1,8 @@
 """The layers of a GPT-2: Linear, LayerNorm, the embedding, dropout."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from gpt2_jax.cache import KVCache
 from gpt2_jax.checks import check_choice
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.layout import LAYER, STACKED, stack_layers
 from gpt2_jax.ops.linear import FEW_ROWS, affine, contract, project_rows
 from gpt2_jax.ops.norm import normalize
 from gpt2_jax.runtime.sharding import constrain
@@ -32,6 +35,17 @@ def remat_policy(name: str) -> Callable[..., bool]:
     return REMAT[check_choice("remat", name, REMAT)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed, the same in all of its layers; see `model.GPT2`."""
+
+    dtype: Any
+    param_dtype: Any
+    attention: str
+    mesh: Mesh | None = None
+    lora_pdrop: float = 0.0
+
+
 class Linear(nn.Module):
     """x [..., *in_shape] -> [..., *out_shape], with a flat bias or none."""
 
@@ -39,17 +53,16 @@ class Linear(nn.Module):
     out_shape: Sequence[int]
     stddev: float
     use_bias: bool
-    dtype: Any
-    param_dtype: Any
-    lora_pdrop: float = 0.0
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         in_shape, out_shape = tuple(self.in_shape), tuple(self.out_shape)
-        x, bias = x.astype(self.dtype), None
+        param_dtype = self.compute.param_dtype
+        x, bias = x.astype(self.compute.dtype), None
         if self.use_bias:
             bias = self.param(
-                "bias", nn.initializers.zeros, (math.prod(out_shape),), self.param_dtype
+                "bias", nn.initializers.zeros, (math.prod(out_shape),), param_dtype
             )
         if self.has_variable("params", "weight"):
             y = self._project_rows(x, in_shape, out_shape)
@@ -60,11 +73,13 @@ class Linear(nn.Module):
                 "kernel",
                 nn.initializers.normal(self.stddev),
                 in_shape + out_shape,
-                self.param_dtype,
+                param_dtype,
             )
             y = affine(x, kernel, bias, len(in_shape))
         if self.has_variable("params", "lora_a"):
-            y += self._adapt(dropout(x, self.lora_pdrop, dropout_key), len(in_shape))
+            y += self._adapt(
+                dropout(x, self.compute.lora_pdrop, dropout_key), len(in_shape)
+            )
         return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
     def _adapt(self, x, n_in):
@@ -102,47 +117,48 @@ class LayerNorm(nn.Module):
         return normalize(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
-def layer_norm(cfg: GPT2Config, dtype, param_dtype, name=None) -> "LayerNorm":
-    return LayerNorm(cfg.layer_norm_epsilon, cfg.bias, dtype, param_dtype, name=name)
+def layer_norm(cfg: GPT2Config, compute: Compute, name: str | None = None) -> LayerNorm:
+    dtypes = compute.dtype, compute.param_dtype
+    return LayerNorm(cfg.layer_norm_epsilon, cfg.bias, *dtypes, name=name)
 
 
 class TokenEmbedding(nn.Module):
     """Ids -> [..., D], and hidden states -> logits by the same table."""
 
     cfg: GPT2Config
-    dtype: Any
-    param_dtype: Any
-    mesh: Mesh | None
+    compute: Compute
 
     def setup(self) -> None:
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
         shape = (cfg.vocab_size, cfg.n_embd)
-        self.embedding = self.param("embedding", init, shape, self.param_dtype)
+        self.embedding = self.param("embedding", init, shape, self.compute.param_dtype)
         self.is_int8 = self.embedding.dtype == jnp.int8
         if self.is_int8:
             self.scale = self.param("scale", nn.initializers.ones, (cfg.vocab_size,))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        table_VD = constrain(self.embedding, self.mesh, "tensor", None)
+        table_VD = constrain(self.embedding, self.compute.mesh, "tensor", None)
         x = jnp.take(table_VD, tokens, axis=0)
         if self.is_int8:
             x = x * jnp.take(self.scale, tokens)[..., None]
-        return x.astype(self.dtype)
+        return x.astype(self.compute.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of x [..., D]."""
         rows = x.shape[:-1]
         if not self.is_int8 and math.prod(rows) > FEW_ROWS:
-            return contract(x, self.embedding.astype(self.dtype), (1,))
+            return contract(x, self.embedding.astype(self.compute.dtype), (1,))
         scale = self.scale if self.is_int8 else None
         y_MV = project_rows(x.reshape(-1, x.shape[-1]), self.embedding, scale)
         return y_MV.reshape(*rows, -1)
 
 
-def adapter_key(module: Any, dropout_key: jax.Array | None, i: int) -> jax.Array | None:
-    """Of the dropout in the i-th adapter of a module; None where there is none."""
-    return fold_in(dropout_key, i + 1) if module.lora_pdrop else None
+def adapter_key(
+    compute: Compute, dropout_key: jax.Array | None, i: int
+) -> jax.Array | None:
+    """The key for dropout in a module's i-th adapter; None where there is none."""
+    return fold_in(dropout_key, i + 1) if compute.lora_pdrop else None
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -158,6 +174,23 @@ def fold_in(key: jax.Array | None, i: Any) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, i)
 
 
+def positions(
+    T: int, cache: KVCache | None, segment_BT: jax.Array | None, n_positions: int
+) -> jax.Array:
+    """int32 [B or 1, T]: the position of each of T tokens, within its segment, or
+    after those that the cache holds.
+    """
+    if segment_BT is not None:
+        positions_BT = positions_within(segment_BT)
+    else:
+        positions_BT = jnp.arange(T)[None]
+    if cache is not None:
+        # A guess past the end of the context is computed and never used.
+        positions_BT = positions_BT + cache.length_B[:, None]
+        positions_BT = jnp.minimum(positions_BT, n_positions - 1)
+    return positions_BT
+
+
 def positions_within(segment_BT: jax.Array) -> jax.Array:
     """int32 [B, T]: how many tokens each has before it, of its segments."""
     position_T = jnp.arange(segment_BT.shape[1])
@@ -168,3 +201,52 @@ def positions_within(segment_BT: jax.Array) -> jax.Array:
         return before_BTS.sum(-1)
     is_first_BT = jnp.diff(segment_BT, prepend=segment_BT[:, :1]) != 0
     return position_T - jax.lax.cummax(jnp.where(is_first_BT, position_T, 0), axis=1)
+
+
+def run_layers(
+    layer: Callable[..., Any],
+    x_BTD: jax.Array,
+    params: Mapping[str, Any],
+    cache: KVCache | None,
+    shared: tuple[Any, ...],
+    *,
+    n_layer: int,
+    scan: bool,
+    remat: str,
+) -> tuple[jax.Array, Any]:
+    """Applies the layers one after the other, or under one scan.
+
+    Over a cache they are written out and nothing is computed again.
+
+    Args:
+      layer: (x_BTD, its parameters, its index, its cache, *shared) -> (x_BTD, kv).
+      shared: what all layers get.
+      scan: run them as one `lax.scan` over their stacked parameters.
+      remat: what is computed again for the gradient, a key of REMAT.
+
+    Returns:
+      x_BTD, and the kv of each layer.
+    """
+    apply = layer
+    scan = scan and cache is None
+    if remat != "none" and cache is None:
+        # In a scan nothing could take the second computation for the first.
+        policy = remat_policy(remat)
+        apply = jax.checkpoint(apply, policy=policy, prevent_cse=not scan)
+    if scan:
+
+        def step(x_BTD, params_and_i):
+            return apply(x_BTD, *params_and_i, None, *shared)
+
+        layers = stack_layers(params)[STACKED], jnp.arange(n_layer)
+        with jax.named_scope(STACKED):
+            return jax.lax.scan(step, x_BTD, layers)
+    if isinstance(x_BTD, jax.core.Tracer):
+        apply = jax.jit(apply)  # which is traced once for all layers
+    kvs = []
+    for i in range(n_layer):
+        held = None if cache is None else cache.of_layer(i)
+        with jax.named_scope(f"{LAYER}{i}"):
+            x_BTD, kv = apply(x_BTD, params[f"{LAYER}{i}"], i, held, *shared)
+        kvs.append(kv)
+    return x_BTD, kvs

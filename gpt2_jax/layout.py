@@ -1,4 +1,29 @@
-"""Parameters as a tree: one entry a layer, or all layers stacked."""
+"""The tree of parameters: one entry a layer, or all layers stacked.
+
+Parameters are a plain nested dict, one entry a layer, whatever the way in which
+the layers are run:
+
+    wte/embedding [V, D]    wpe/embedding [P, D]    ln_f/{scale,bias} [D]
+    h_{i}/ln_1, h_{i}/ln_2  {scale,bias} [D]
+    h_{i}/attn/c_attn       kernel [D, 3, H, K]     bias [3D]
+    h_{i}/attn/c_proj       kernel [H, K, D]        bias [D]
+    h_{i}/mlp/c_fc          kernel [D, F]           bias [F]
+    h_{i}/mlp/c_proj        kernel [F, D]           bias [D]
+
+Biases are flat, so that ndim >= 2 holds for just the tensors that weight decay is for;
+the head axes of c_attn and c_proj are there to be sharded.
+
+While a model is trained whose layers are scanned, they are one entry `h`, each array
+with an axis N before its own: a program for it is no longer the more layers there are,
+and no time goes into stacking. Nobody else sees it: see `unstack_layers`.
+
+While a model is adapted, `lora_a` [*in, rank] and `lora_b` [rank, *out] stand beside a
+kernel, and their product is added to it (see `gpt2_jax.lora`).
+
+To decode (see `gpt2_jax.decoding.weights`), a `weight` [*out, *in] may stand for a
+kernel [*in, *out]. Weights and wte may be int8, with a flat float32 `scale` of their
+output channels beside.
+"""
 
 import math
 from collections.abc import Callable

@@ -18,8 +18,9 @@ import numpy as np
 from gpt2_jax.checks import integer
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.decoding.generate import NO_NUMBERS
-from gpt2_jax.layout import Params
-from gpt2_jax.model import GPT2, attention_weights
+from gpt2_jax.layout import LAYER, Params
+from gpt2_jax.model import GPT2
+from gpt2_jax.ops.attention import causal_weights
 from gpt2_jax.runtime.files import user_path
 
 MOST_WEIGHTS = 2**23  # of attention in a page, a byte each: in base64 11 MB
@@ -196,3 +197,32 @@ def _json_in_html(data: dict[str, Any]) -> str:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+@partial(jax.jit, static_argnames="model")
+def attention_weights(
+    model: GPT2, params: Params, tokens_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits [B, T, V] and attention [N, B, H, T, T] of whole sequences, in float32.
+
+    What `c_attn` gives is captured as the model runs, and scores and softmax are
+    computed from it once more: no backend of attention keeps them. Row t of a head says
+    how much position t takes from each position up to its own.
+
+    Raises:
+      ValueError: when T exceeds n_positions.
+    """
+    layers = model.clone(scan_layers=False, remat="none")
+    (logits_BTV, _), kept = layers.apply(
+        {"params": params},
+        tokens_BT,
+        capture_intermediates=lambda module, _: module.name == "c_attn",
+        mutable=["intermediates"],
+    )
+    blocks, weights = kept["intermediates"], []
+    for i in range(model.cfg.n_layer):
+        (qkv_BT3HK,) = blocks[f"{LAYER}{i}"]["attn"]["c_attn"]["__call__"]
+        q_BTHK, k_BTHK = qkv_BT3HK[:, :, 0], qkv_BT3HK[:, :, 1]
+        scale = model.cfg.attention_scale(i)
+        weights.append(causal_weights(q_BTHK, k_BTHK, scale=scale))
+    return logits_BTV, jnp.stack(weights)

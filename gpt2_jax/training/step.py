@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from gpt2_jax.layout import Params, stack_layers
 from gpt2_jax.lora import LoraConfig, init_adapters, with_adapters
 from gpt2_jax.model import GPT2, init
+from gpt2_jax.ops.attention import attention_backend
 from gpt2_jax.ops.losses import summed_cross_entropy
 from gpt2_jax.runtime import sharding
 from gpt2_jax.training.optim import Optimizer, guard_counts
@@ -232,3 +233,19 @@ def _init_state(model, optimizer, lora, seed):
     else:
         params = init_adapters(lora, model.cfg, key, stacked=model.scan_layers)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def attention_of(model: GPT2, B: int, T: int, *, deterministic: bool) -> str:
+    """What computes its attention over B sequences of T tokens, without a cache.
+
+    Raises:
+      ValueError: when what it asks for cannot.
+    """
+    cfg = model.cfg
+    return attention_backend(
+        model.attention,
+        (B, T, cfg.n_head, cfg.head_dim),
+        model.dtype,
+        dropout=cfg.attn_pdrop > 0 and not deterministic,
+        mesh=model.mesh,
+    )

@@ -42,7 +42,7 @@ from gpt2_jax.layout import (
     unstack_layers,
 )
 from gpt2_jax.lora import with_adapters
-from gpt2_jax.model import GPT2, abstract_params, attention_of
+from gpt2_jax.model import GPT2, abstract_params
 from gpt2_jax.runtime import distributed, sharding
 from gpt2_jax.runtime.environment import environment
 from gpt2_jax.runtime.files import user_path
@@ -66,6 +66,7 @@ from gpt2_jax.training.samples import check_sample, sample_text
 from gpt2_jax.training.step import (
     TrainState,
     abstract_state,
+    attention_of,
     init_state,
     stack_state,
     state_of,
