@@ -61,7 +61,7 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Of JSON's types."""
+        """The config of what JSON holds."""
         return cls(**{**values, "kernels": tuple(values["kernels"])})
 
     @property
@@ -70,7 +70,7 @@ class LoraConfig:
 
     @property
     def modules(self) -> list[str]:
-        """Of a layer, those with a kernel that is adapted."""
+        """The modules of a layer with a kernel that is adapted."""
         return [k for k in KERNELS if any(_is_named(k, name) for name in self.kernels)]
 
     def check_fits(self, cfg: GPT2Config) -> None:

@@ -75,7 +75,7 @@ def _cut(found: Sequence[Document], fractions: Sequence[float]) -> list[Piece]:
 
 @dataclass(slots=True)
 class Counts:
-    """Of a split; bytes are those of its text."""
+    """What a split holds; bytes are those of its text."""
 
     documents: int = 0
     bytes: int = 0

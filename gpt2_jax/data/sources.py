@@ -258,7 +258,7 @@ def _remote_files(url: str, field: str, form: str) -> list[Document | Records]:
 
 
 def _stamp(info: Mapping[str, Any]) -> str:
-    """Of a remote file: its hash or time, whatever its file system calls them."""
+    """A remote file's hash or time, whatever its file system calls them."""
     names = ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created")
     return next((str(info[name]) for name in names if info.get(name)), "")
 

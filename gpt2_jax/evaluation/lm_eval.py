@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Of each continuation given its context, of which as much as fits counts."""
+        """Scores each continuation after as much of its context as fits."""
         rows = []
         for (_, text), context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
@@ -107,8 +107,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts after an end of text, in windows without overlap of targets,
-        the last of which reaches back as far as the context does."""
+        """Scores whole texts after an end of text, in windows whose targets do not
+        overlap; the last window reaches back as far as the context does."""
         rows: list[Row] = []
         owners: list[int] = []
         for i, request in enumerate(requests):

@@ -23,9 +23,9 @@ from gpt2_jax.evaluation.tasks import (
     TASKS,
     Example,
     Figure,
-    Found,
     Options,
     Prepared,
+    RowScores,
     prepare,
 )
 from gpt2_jax.fields import check_range
@@ -95,7 +95,7 @@ class Results:
     def __init__(
         self, path: Path, lm: LanguageModel, task: str, prepared: Prepared
     ) -> None:
-        self.found: dict[int, Found] = {}
+        self.found: dict[int, RowScores] = {}
         head = json.dumps({"evaluation": _identity(lm, task, prepared.examples)})
         end = 0  # of the last whole line
         for line, place in read_lines(str(path), None) if path.exists() else ():
@@ -119,7 +119,9 @@ class Results:
     def _read(self, line: bytes, where: str, examples: Sequence[Example]) -> None:
         record = parse_json(line, where)
         try:
-            i, logprobs, is_greedy = (record[x] for x in ("example", *Found._fields))
+            i, logprobs, is_greedy = (
+                record[x] for x in ("example", *RowScores._fields)
+            )
             kinds = {type(i), *map(type, logprobs)}, {*map(type, is_greedy)}
             n_rows = len(examples[i].rows) if i >= 0 else -1
         except (LookupError, TypeError) as error:
@@ -128,9 +130,9 @@ class Results:
             n_rows
         }:
             raise ValueError(f"{where}: damaged ({shown(record)})")
-        self.found[i] = Found(logprobs, is_greedy)
+        self.found[i] = RowScores(logprobs, is_greedy)
 
-    def add(self, i: int, found: Found) -> None:
+    def add(self, i: int, found: RowScores) -> None:
         self.found[i] = found
         self._file.write(json.dumps({"example": i, **found._asdict()}) + "\n")
         self._file.flush()
@@ -159,7 +161,7 @@ def run(
     results: Results | None = None,
     *,
     batch_size: int | None = None,
-) -> list[Found]:
+) -> list[RowScores]:
     """What the model gives each example; those in `results` are not computed again."""
     found = {} if results is None else results.found
     rows: list[Row] = []
@@ -178,7 +180,7 @@ def run(
             if len(of_rows) == len(examples[i].rows):
                 del scores[i]
                 ordered = [of_rows[j] for j in range(len(of_rows))]
-                one = Found(
+                one = RowScores(
                     [s.total for s in ordered],
                     [bool(s.is_greedy.all()) for s in ordered],
                 )

@@ -47,8 +47,8 @@ class Example(NamedTuple):
     answer: int = 0
 
 
-class Found(NamedTuple):
-    """Of each row of an example."""
+class RowScores(NamedTuple):
+    """The scores of an example, one entry a row."""
 
     logprobs: list[float]  # sums, in nats
     is_greedy: list[bool]  # all of its targets
@@ -85,7 +85,7 @@ class Prepared:
     """Examples, and what makes figures of what was found for each."""
 
     examples: list[Example]
-    figures: Callable[[list[Found]], dict[str, Figure]]
+    figures: Callable[[list[RowScores]], dict[str, Figure]]
 
 
 class Reader:
@@ -181,7 +181,7 @@ def examples_of(
 
 
 def perplexity(found: Sources, reader: Reader) -> Prepared:
-    """Of each document by itself: what `data.path` may be."""
+    """Scores each document by itself: what `data.path` may be."""
     texts: list[str] = []
     for source in found:  # a file of one document, or of many
         one = isinstance(source, Document)
@@ -222,7 +222,7 @@ def _perplexity(texts: Sequence[str], reader: Reader, of: str) -> Prepared:
     )
     published = "of the text as published"
 
-    def figures(found: list[Found]) -> dict[str, Figure]:
+    def figures(found: list[RowScores]) -> dict[str, Figure]:
         total = -math.fsum(x for f in found for x in f.logprobs)
         return {
             "token_perplexity": Figure(
@@ -269,7 +269,7 @@ def lambada(found: Sources, reader: Reader) -> Prepared:
     }[target]
     how = f"over {len(examples)} passages: target {rule}; {reader.how}"
 
-    def figures(found: list[Found]) -> dict[str, Figure]:
+    def figures(found: list[RowScores]) -> dict[str, Figure]:
         mean = math.fsum(f.logprobs[0] for f in found) / len(found)
         return {
             "accuracy": Figure(
@@ -383,7 +383,7 @@ def _numbered(lines: list[str]) -> Record:
 
 
 def _choice(
-    examples: list[Example], found: list[Found], how: str, unit: str
+    examples: list[Example], found: list[RowScores], how: str, unit: str
 ) -> dict[str, Figure]:
     def accuracy(score: Callable[[float, Row], float]) -> float:
         best = (

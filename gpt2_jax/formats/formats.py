@@ -202,7 +202,7 @@ def _restore(folder: Path, contract: Contract, shapes: Any, shardings: Any) -> P
 
 
 def _load_adapted(folder: Path, contract: Contract, shardings: Any) -> Params:
-    """Of a checkpoint that holds adapters: those of its base, with them merged in."""
+    """The parameters of a checkpoint of adapters: its base, with them merged in."""
     assert contract.base is not None
     lora = LoraConfig.from_dict(contract.run["lora"])
     shapes = jax.eval_shape(

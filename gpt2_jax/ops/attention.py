@@ -263,9 +263,9 @@ def _stand_in(q_BTHK, k_BTHK, v_BTHK, scale, segment_BT):
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Of the cache of a model that computes in `dtype`.
+    """The dtype of the cache of a model that computes in `dtype`.
 
-    On a CPU float32, which XLA multiplies by one row twice as fast as bfloat16.
+    On a CPU it is float32, which XLA multiplies by one row twice as fast as bfloat16.
     """
     return jnp.float32 if on_cpu() else dtype
 
@@ -386,7 +386,7 @@ def _attend_beside(q_BTHK, k_BTHK, v_BTHK, k_BHKS, v_BHSK, length_B, scale):
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Of matrices, in float32."""
+    """The product of matrices, in float32."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 

@@ -20,7 +20,7 @@ from gpt2_jax.runtime.sharding import BATCH, n_batch_shards
 
 
 def chunk_bytes() -> int:
-    """Of the float32 logits that a device holds at a time.
+    """Bytes of float32 logits that a device holds at a time.
 
     Each chunk adds to the gradient of the whole embedding: on an accelerator its
     products take longer than that if it is of some thousand tokens.
@@ -245,8 +245,8 @@ def _softmax_cross_entropy(logits_MV, targets_M, mask_M, *, n_valid, dtype):
 
 
 def _merge(one, other):
-    """Of two parts of a row: the greatest logit, the sum of exponentials of logits less
-    that one, and the target's logit or 0.
+    """Merges what is known of two parts of a row: the greatest logit, the sum of
+    exponentials of logits less that one, and the target's logit or 0.
     """
     greatest = jnp.maximum(one[0], other[0])
     sums = (s * jnp.exp(g - greatest) for g, s, _ in (one, other))
@@ -254,7 +254,7 @@ def _merge(one, other):
 
 
 def _product(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Of matrices, one axis of each summed over, in float32."""
+    """The product of matrices over one axis of each, in float32."""
     contracted = ((axes[:1], axes[1:]), ((), ()))
     return jax.lax.dot_general(x, y, contracted, preferred_element_type=jnp.float32)
 
@@ -292,7 +292,11 @@ def token_log_probs(
 
 
 def _over_vocabulary(hidden_BTD, embedding_VD, targets_BT, scale_V, n_valid, axis=None):
-    """Of one part of the batch; `axis`: over which the vocabulary is spread."""
+    """As `token_log_probs`, for one part of the batch.
+
+    Args:
+      axis: the mesh axis over which the vocabulary is sharded, if there is one.
+    """
     B, T, D = hidden_BTD.shape
     V = embedding_VD.shape[0]
     first = 0 if axis is None else jax.lax.axis_index(axis) * V

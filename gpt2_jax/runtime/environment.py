@@ -27,7 +27,7 @@ VARIABLES = ("XLA_", "JAX_", "LIBTPU_", "NCCL_")  # beginnings of names
 
 
 def environment() -> dict[str, Any]:
-    """Of this process, as plain JSON data. It names neither machine nor user.
+    """Describes this process, as plain JSON data. It names neither machine nor user.
 
     `git` is the revision of the checkout that holds this package, with "-dirty" after
     it where tracked files were changed; None: it is not of a checkout.

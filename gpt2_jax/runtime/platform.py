@@ -22,7 +22,7 @@ def on_gpu() -> bool:
 
 
 def compute_capability() -> float | None:
-    """Of the NVIDIA GPUs here; None: there are none."""
+    """The compute capability of the NVIDIA GPUs here; None where there are none."""
     device = jax.devices()[0]
     if "cuda" not in device.client.platform_version:
         return None
