@@ -28,7 +28,9 @@ _PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS = flags.DEFINE_integer("process_id", None, "This one's number, from 0.")
 _START = flags.DEFINE_integer("start_timeout", 300, "Seconds for all to come.")
-_PEER = flags.DEFINE_integer("peer_timeout", 100, "Seconds until silence is death.")
+_PEER = flags.DEFINE_integer(
+    "peer_timeout", 100, "Seconds without a heartbeat before a peer counts as lost."
+)
 _PROFILE = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST, updates to trace into WORKDIR/profile."
 )

@@ -15,7 +15,7 @@ from gpt2_jax.data import sources
 from gpt2_jax.data.records import Records
 from gpt2_jax.data.shards import SPLITS
 from gpt2_jax.data.sources import Document
-from gpt2_jax.data.stored import Place
+from gpt2_jax.data.stored import Cursor
 from gpt2_jax.tokenizers.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 18  # of text that a thread encodes at a time, about
@@ -106,7 +106,7 @@ class Batch:
 
     parts: list[Part]
     piece: int
-    place: Place | None
+    place: Cursor | None
     size: int  # stored bytes
 
 
@@ -158,7 +158,7 @@ class Job:
 
 
 def encoded(
-    job: Job, plan: Sequence[Piece], first: int, place: Place, threads: int
+    job: Job, plan: Sequence[Piece], first: int, place: Cursor, threads: int
 ) -> Generator[tuple[Batch, Encoded]]:
     """Each batch from `place` in the piece `first` on; some are in work at a time."""
     with ThreadPoolExecutor(threads) as pool:
@@ -177,7 +177,7 @@ def encoded(
 
 
 def _batches(
-    job: Job, plan: Sequence[Piece], first: int, place: Place
+    job: Job, plan: Sequence[Piece], first: int, place: Cursor
 ) -> Iterator[Batch]:
     parts: list[Part] = []
     length = size = 0
@@ -190,15 +190,15 @@ def _batches(
             if length >= BATCH_BYTES:
                 yield Batch(parts, n, after, size)
                 parts, length, size = [], 0, 0
-        place = Place()
+        place = Cursor()
     if parts:
-        yield Batch(parts, len(plan), Place(), size)
+        yield Batch(parts, len(plan), Cursor(), size)
 
 
-_Parts = Iterator[tuple[Part, Place | None, int]]  # place after it, bytes read
+_Parts = Iterator[tuple[Part, Cursor | None, int]]  # place after it, bytes read
 
 
-def _of_text(job: Job, piece: Piece, place: Place) -> _Parts:
+def _of_text(job: Job, piece: Piece, place: Cursor) -> _Parts:
     document = piece.source
     assert isinstance(document, Document)
     split = piece.split or job.split_of(next(document.texts(), ""))
@@ -207,10 +207,10 @@ def _of_text(job: Job, piece: Piece, place: Place) -> _Parts:
         size, at = after - at, after
         last = at == piece.stop
         ends = at == document.size
-        yield Part(document.name, text, split, last, ends), Place(at), size
+        yield Part(document.name, text, split, last, ends), Cursor(at), size
 
 
-def _of_records(job: Job, piece: Piece, place: Place) -> _Parts:
+def _of_records(job: Job, piece: Piece, place: Cursor) -> _Parts:
     records = piece.source
     assert isinstance(records, Records)
     before = place.offset
@@ -223,6 +223,6 @@ def _of_records(job: Job, piece: Piece, place: Place) -> _Parts:
             del text
             whole = Document(records.name, len(content), text=content)
             for part, _, _ in _of_text(
-                job, Piece(whole, 0, whole.size, split), Place()
+                job, Piece(whole, 0, whole.size, split), Cursor()
             ):
                 yield part, after if part.last else None, size * part.last

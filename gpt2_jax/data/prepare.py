@@ -32,12 +32,12 @@ from tqdm import tqdm
 from gpt2_jax.checks import integer, items, number, shown
 from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.encode import Counts, Job, encoded, make_plan
+from gpt2_jax.data.partial_folder import PartialFolder, State, Writer, is_ours
 from gpt2_jax.data.records import Records
 from gpt2_jax.data.shards import MOST, SPLITS, VERSION, Index, dtype_for, read_index
 from gpt2_jax.data.sources import Document, Paths, is_remote
-from gpt2_jax.data.stored import Place
+from gpt2_jax.data.stored import Cursor
 from gpt2_jax.data.tokenizers import KINDS, build_tokenizer
-from gpt2_jax.data.workplace import State, Workplace, Writer, is_ours
 from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.runtime.files import user_path
 from gpt2_jax.tokenizers.tokenizer import (
@@ -213,7 +213,7 @@ def prepare(
         found = sources.documents(path, field=field, form=form)
 
     with contextlib.ExitStack() as stack:
-        work = stack.enter_context(Workplace(out))
+        work = stack.enter_context(PartialFolder(out))
         if streams:
             path, digest = sources.store_streams(
                 [each for each in given if each is not None], work.folder, form
@@ -243,7 +243,7 @@ def prepare(
             save_tokenizer(tokenizer, work.folder / "tokenizer")
             counts = {name: Counts() for name in names}
             kind = dtype_for(tokenizer.vocab_size)
-            state = State(0, Place(), 0, kind, counts)
+            state = State(0, Cursor(), 0, kind, counts)
         job = Job(tokenizer, state.dtype, fractions, seed)
         writers = {
             name: stack.enter_context(
@@ -296,7 +296,7 @@ def _refer(
     )
     content = {"content": foreign.content_hash(folder)}
     index = replace(index, source={**index.source, **content})
-    with Workplace(out) as work:
+    with PartialFolder(out) as work:
         work.resume(index.source)
         save_tokenizer(foreign_tokenizer(folder, tokenizer), work.folder / "tokenizer")
         work.publish(index)

@@ -13,7 +13,7 @@ from gpt2_jax.checks import one_line, shown
 from gpt2_jax.data.stored import (
     BEGINNING,
     UNPACKED,
-    Place,
+    Cursor,
     missing,
     open_file,
     read_lines,
@@ -75,7 +75,7 @@ class Records:
     form: str
     field: str
 
-    def read(self, place: Place = BEGINNING) -> Iterator[tuple[str, Place]]:
+    def read(self, place: Cursor = BEGINNING) -> Iterator[tuple[str, Cursor]]:
         """(text, the place after it) of each document from there.
 
         Empty documents and nulls are left out. Raises ValueError, naming file and
@@ -94,8 +94,8 @@ class Records:
         return (text for text, _ in self.read())
 
     def rows(
-        self, place: Place = BEGINNING, columns: Sequence[str] | None = None
-    ) -> Iterator[tuple[Row, Place]]:
+        self, place: Cursor = BEGINNING, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[Row, Cursor]]:
         """(record, the place after it) of each record from there.
 
         Args:
@@ -109,10 +109,10 @@ class Records:
         return f"{self.name}: {_UNITS[self.form]} {number}"
 
 
-_Rows = Iterator[tuple[Row, Place]]
+_Rows = Iterator[tuple[Row, Cursor]]
 
 
-def _read_jsonl(source: Records, place: Place, _: Sequence[str] | None) -> _Rows:
+def _read_jsonl(source: Records, place: Cursor, _: Sequence[str] | None) -> _Rows:
     for line, after in read_lines(source.name, source.size, place):
         if line.strip():
             where = source.where(after.number)
@@ -123,7 +123,7 @@ def _read_jsonl(source: Records, place: Place, _: Sequence[str] | None) -> _Rows
 
 
 def _read_parquet(
-    source: Records, place: Place, columns: Sequence[str] | None
+    source: Records, place: Cursor, columns: Sequence[str] | None
 ) -> _Rows:
     try:
         from pyarrow import ArrowException, parquet
@@ -148,7 +148,7 @@ def _read_parquet(
                         number += 1
                         if number > place.number:
                             done = (source.size or 0) * number // rows
-                            yield row, Place(done, number)
+                            yield row, Cursor(done, number)
         except (ArrowException, OSError) as error:
             raise ValueError(
                 f"{source.name}: damaged: {one_line(error, 160)}"
@@ -174,7 +174,7 @@ def _rows_of(batch: Any, source: Records, number: int) -> list[Row]:
         ) from None
 
 
-def _read_hf(source: Records, place: Place, _: Sequence[str] | None) -> _Rows:
+def _read_hf(source: Records, place: Cursor, _: Sequence[str] | None) -> _Rows:
     dataset, _ = _load_hf(source.name)
     number = place.number
     examples = iter(dataset.skip(number))
@@ -187,7 +187,7 @@ def _read_hf(source: Records, place: Place, _: Sequence[str] | None) -> _Rows:
         if example is None:
             return
         number += 1
-        yield example, Place(0, number)
+        yield example, Cursor(0, number)
 
 
 def _load_hf(name: str) -> tuple[Any, str]:

@@ -26,14 +26,14 @@ _OTHERS = {  # what files begin with that are no text
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Cursor:
     """Where reading goes on: `offset` stored bytes and `number` records are done."""
 
     offset: int = 0
     number: int = 0
 
 
-BEGINNING = Place()
+BEGINNING = Cursor()
 
 
 def open_file(name: str) -> BinaryIO:
@@ -89,8 +89,8 @@ def text_start(data: bytes, name: str) -> bytes:
 
 
 def read_lines(
-    name: str, size: int | None, place: Place = BEGINNING
-) -> Iterator[tuple[bytes, Place]]:
+    name: str, size: int | None, place: Cursor = BEGINNING
+) -> Iterator[tuple[bytes, Cursor]]:
     """(line, the place after it) of each line from there, unpacked where need be.
 
     Args:
@@ -125,7 +125,7 @@ def read_lines(
                 offset = offset + len(line) if file is stored else stored.tell()
                 yield (
                     line if number > 1 else text_start(line, name),
-                    Place(offset, number),
+                    Cursor(offset, number),
                 )
         except FileNotFoundError:
             raise

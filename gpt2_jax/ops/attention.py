@@ -19,7 +19,7 @@ BACKENDS = ("auto", "xla", "cudnn", "pallas")
 STAND_IN = "stand-in"  # of a kernel, where a program is compiled and never run
 
 
-class Place(NamedTuple):
+class Platform(NamedTuple):
     """Devices, which need not be here."""
 
     platform: str  # as `jax.default_backend()` gives it
@@ -38,7 +38,7 @@ def attention_backend(
     *,
     dropout: bool,
     mesh: Mesh | None,
-    place: Place | None = None,
+    place: Platform | None = None,
 ) -> str:
     """What computes `causal_attention` of such queries: xla, cudnn or pallas.
 
@@ -52,7 +52,7 @@ def attention_backend(
     """
     check_attention(asked)
     B, T, H, K = shape_BTHK
-    place = place or Place(jax.default_backend(), compute_capability())
+    place = place or Platform(jax.default_backend(), compute_capability())
     for name, obstacle in (
         ("cudnn", _obstacle_to_cudnn(place, K, jnp.dtype(dtype).name)),
         ("pallas", _obstacle_to_pallas(place, B, T, H, mesh)),
@@ -66,7 +66,7 @@ def attention_backend(
     return "xla"
 
 
-def _obstacle_to_cudnn(place: Place, K: int, dtype: str) -> str | None:
+def _obstacle_to_cudnn(place: Platform, K: int, dtype: str) -> str | None:
     """Source: cuDNN's support matrix, as `jax.nn.dot_product_attention` checks it."""
     capability = place.capability
     if capability is None:
@@ -85,7 +85,7 @@ LANES = 128  # of a TPU's vector unit
 
 
 def _obstacle_to_pallas(
-    place: Place, B: int, T: int, H: int, mesh: Mesh | None
+    place: Platform, B: int, T: int, H: int, mesh: Mesh | None
 ) -> str | None:
     if place.platform != "tpu":
         return f"it needs a TPU, this is a {place.platform}"

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-LEAST = np.finfo(np.float32).min  # finite: less itself it is 0
+LEAST = np.finfo(np.float32).min  # finite, so that x - x is 0 and not NaN
 COLUMNS = 8192  # of a row, that all threads of a program hold at a time
 
 

@@ -33,7 +33,7 @@ def chunk_tokens(B: int, T: int, V: int) -> int:
     return _all_or_power_of_two(T, chunk_bytes() // (4 * B * V))
 
 
-LEAST = np.finfo(np.float32).min  # finite: less itself it is 0
+LEAST = np.finfo(np.float32).min  # finite, so that x - x is 0 and not NaN
 MIN_PART = 512  # of the vocabulary: products by fewer rows are slower
 
 

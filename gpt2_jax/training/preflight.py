@@ -31,7 +31,7 @@ from gpt2_jax.fields import check_range
 from gpt2_jax.formats.formats import open_model
 from gpt2_jax.layout import count_params
 from gpt2_jax.model import GPT2
-from gpt2_jax.ops.attention import STAND_IN, Place, attention_backend
+from gpt2_jax.ops.attention import STAND_IN, Platform, attention_backend
 from gpt2_jax.runtime import sharding
 from gpt2_jax.runtime.chips import Chip
 from gpt2_jax.runtime.platform import traced_for
@@ -240,7 +240,7 @@ def planned_attention(cfg: TrainConfig, model: GPT2, chip: Chip) -> str:
         model.dtype,
         dropout=model.cfg.attn_pdrop > 0,
         mesh=model.mesh,
-        place=Place("gpu", 8.0) if chip.is_gpu else Place("tpu", None),
+        place=Platform("gpu", 8.0) if chip.is_gpu else Platform("tpu", None),
     )
     return "xla" if backend == "xla" else STAND_IN
 

@@ -18,7 +18,7 @@ from gpt2_jax.data import encode, sources, stored
 from gpt2_jax.data import prepare as module
 from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.data.sources import documents, split_paths
-from gpt2_jax.data.stored import Place
+from gpt2_jax.data.stored import Cursor
 from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +180,7 @@ def test_standard_input(tmp_path, monkeypatch):
     for content, kept in (("x" * 99, False), ("x" * 99, True), ("y" * 99, False)):
         give(content.encode())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module.Workplace, "publish", lambda *_: 1 / 0)
+            patch.setattr(module.PartialFolder, "publish", lambda *_: 1 / 0)
             made = work / "tokenizer/bytes.json"
             before = made.exists() and made.stat().st_mtime_ns
             with pytest.raises(ZeroDivisionError):
@@ -196,7 +196,7 @@ def test_hugging_face_data_sets_are_streamed(tmp_path):
     (source,) = documents(f"hf:{tmp_path}/set", field="body")
     found = list(source.read())
     assert [text for text, _ in found] == TEXTS
-    assert [t for t, _ in source.read(Place(0, 200))] == TEXTS[200:]
+    assert [t for t, _ in source.read(Cursor(0, 200))] == TEXTS[200:]
     prepare(f"hf:{tmp_path}/set", tmp_path / "out", ByteTokenizer(), field="body")
     assert sum(map(len, read(tmp_path / "out").values())) == 300
 
@@ -402,7 +402,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, package, path, messag
 def test_another_request_does_not_destroy_unfinished_work(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Workplace, "publish", lambda *_: 1 / 0)
+        patch.setattr(module.PartialFolder, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(tmp_path / "a.jsonl", tmp_path / "out", ByteTokenizer())
     kept = sorted(path.name for path in (tmp_path / "out.partial").iterdir())

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2_jax.data.encode import Counts
 from gpt2_jax.data.shards import SPLITS, Index, Shard, Split
-from gpt2_jax.data.stored import Place
+from gpt2_jax.data.stored import Cursor
 from gpt2_jax.runtime.lock import Lock
 
 
@@ -33,7 +33,7 @@ class State:
     """
 
     piece: int
-    place: Place
+    place: Cursor
     done: int
     dtype: str
     counts: dict[str, Counts]
@@ -114,7 +114,7 @@ def is_ours(folder: Path) -> bool:
     return all(_OUR_NAMES.fullmatch(path.name) for path in folder.iterdir())
 
 
-class Workplace:
+class PartialFolder:
     """The folder `<out>.partial`, which one process at a time may use."""
 
     def __init__(self, out: Path):
@@ -122,7 +122,7 @@ class Workplace:
         self._state = self.folder / "state.json"
         self._request: Mapping[str, Any] = {}
 
-    def __enter__(self) -> "Workplace":
+    def __enter__(self) -> "PartialFolder":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.folder / ".lock", f"preparing {self.out}")
         return self
@@ -204,7 +204,7 @@ class Workplace:
 def _read_state(kept: Mapping[str, Any]) -> State:
     counts = {name: Counts(**values) for name, values in kept["counts"].items()}
     return State(
-        kept["piece"], Place(**kept["place"]), kept["done"], kept["dtype"], counts
+        kept["piece"], Cursor(**kept["place"]), kept["done"], kept["dtype"], counts
     )
 
 
