@@ -26,9 +26,7 @@ _SPLITS = flags.DEFINE_list("splits", "0.9,0.05,0.05", "Train, validation and te
 _SEED = flags.DEFINE_integer("seed", 0, "Of the order of documents and of the splits.")
 _SHARD_TOKENS = flags.DEFINE_integer("shard_tokens", 100_000_000, "Of a file, at most.")
 _DTYPE = flags.DEFINE_string("dtype", None, "Of others' bare shards: uint16, uint32.")
-_THREADS = flags.DEFINE_integer(
-    "threads", None, "Encoding threads (default: one per core, at most 8)."
-)
+_THREADS = flags.DEFINE_integer("threads", None, "Default: one per core, at most 8.")
 
 
 def main(_: list[str]) -> None:

@@ -13,7 +13,7 @@ sizes nobody knows beforehand, the documents keep their order and the hash of se
 text decides the split of each. The end-of-text token follows each document's end.
 
 The folder is written beside as `<out>.partial`, from which a run that was killed goes
-on to the same bytes (`workplace`), and renamed when it is complete.
+on to the same bytes (`partial_folder`), and renamed when it is complete.
 """
 
 import contextlib

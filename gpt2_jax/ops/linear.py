@@ -185,7 +185,9 @@ def _stream(x_MI: jax.Array, weight_OI: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _n_blocks(n_out: int, n_in: int) -> int:
-    """The fewest equal blocks of rows of at most `BLOCK` weights, at most 64;
-    1 if no such n divides the rows."""
+    """The fewest equal blocks of rows that have at most `BLOCK` weights each.
+
+    1 if no n <= 64 divides the rows evenly into blocks that are small enough.
+    """
     fits = (n for n in range(1, 65) if n_out % n == 0 and n_out // n * n_in <= BLOCK)
     return next(fits, 1)
