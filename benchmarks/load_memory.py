@@ -45,6 +45,7 @@ def write(folder: Path, size: str, dtype: str) -> None:
     from gpt2_jax.formats.hf import config_values, write_safetensors
     from gpt2_jax.formats.names import their_name
     from gpt2_jax.formats.params import matrix_shapes
+    from gpt2_jax.tokenizers.tokenizer import NoTokenizer
 
     cfg = GPT2Config.named(size)
     rng = np.random.default_rng(0)
@@ -53,7 +54,8 @@ def write(folder: Path, size: str, dtype: str) -> None:
         (f"transformer.{their_name(path)}", np.resize(numbers, shape))
         for path, shape in matrix_shapes(cfg)
     )
-    values = config_values(cfg, 50256, dtype)
+    tokenizer = NoTokenizer(cfg.vocab_size, 50256, "random weights have none")
+    values = config_values(cfg, tokenizer, dtype)
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     write_safetensors(folder, tensors, 10**9)
 
