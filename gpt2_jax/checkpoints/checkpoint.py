@@ -98,7 +98,11 @@ class Checkpoints:
                 tokenizer=ocp.JsonCheckpointHandler(),
             ),
             async_options=ocp.options.AsyncOptions(
-                timeout_secs=_LONGEST_SAVE, post_finalization_callback=self._read_back
+                timeout_secs=_LONGEST_SAVE,
+                post_finalization_callback=self._read_back,
+                # Else, where one can't be made, threads wait for it: the process
+                # could not end.
+                create_directories_asynchronously=False,
             ),
         )
 

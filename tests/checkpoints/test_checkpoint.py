@@ -2,6 +2,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -455,6 +456,19 @@ def test_a_save_that_is_not_whole_ends_the_run(tmp_path, monkeypatch, kind, n):
         save_next(n)
     checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"][: n - 1]
+
+
+def test_nothing_waits_for_a_folder_that_cannot_be_made(tmp_path):
+    """Threads of Orbax that wait would keep the process from its end for minutes."""
+    folder, before = tmp_path / "checkpoints", {*threading.enumerate()}
+    checkpoints = Checkpoints(folder, keep_last=9)
+    folder.rmdir()
+    folder.write_text("")  # nothing can be made in it, as if it were read-only
+    state = a_state(make_mesh(8, 1, 1), 1)
+    with pytest.raises(OSError, match=r"1 could not be saved: .*Not a directory"):
+        checkpoints.save(state, model=TINY, run={}, tokenizer=ByteTokenizer())
+    left = {*threading.enumerate()} - before
+    assert "_SignalingThread" not in {type(thread).__name__ for thread in left}
 
 
 def test_a_merge_that_does_nothing_is_found(tmp_path, monkeypatch):
