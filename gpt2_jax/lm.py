@@ -18,20 +18,14 @@ from gpt2_jax.checks import integer, is_list, items, shown
 from gpt2_jax.checks import token_ids as as_ids
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.decoding.beam import Hypothesis, beam_search
-from gpt2_jax.decoding.generate import (
-    NO_DRAFT,
-    Decoder,
-    Draft,
-    Request,
-    Row,
-    check,
-    check_ids,
-    sampling_of,
-)
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.prompts import read_prompts
+from gpt2_jax.decoding.requests import Continuation, Request, check_ids, check_request
+from gpt2_jax.decoding.scheduler import Decoder
 from gpt2_jax.decoding.score import Row as ScoredRow
 from gpt2_jax.decoding.score import Score, score_rows, sliding_rows
+from gpt2_jax.decoding.speculative import NO_DRAFT, Draft
+from gpt2_jax.decoding.state import batch_sampling
 from gpt2_jax.decoding.text import TextStream, completing_tokens
 from gpt2_jax.decoding.weights import INT8, check_dtype, model_of, quantize, turned
 from gpt2_jax.formats.formats import open_model
@@ -485,7 +479,7 @@ class LanguageModel:
                     yield self._completion(row, texts.pop(row.index, None))
                     given.pop(row.index, None)
 
-    def _completion(self, row: Row, text: TextStream | None) -> "Completion":
+    def _completion(self, row: Continuation, text: TextStream | None) -> "Completion":
         n = len(row.ids)
         if text is not None and text.stopped:
             n = text.n_tokens
@@ -521,7 +515,7 @@ class LanguageModel:
             self.model,
             self._weights,
             [r.prompt for r in requests],
-            sampling_of(requests, len(requests), self.config.vocab_size),
+            batch_sampling(requests, len(requests), self.config.vocab_size),
             num_beams=options.num_beams,
             num_return_sequences=options.num_return_sequences,
             max_new_tokens=[r.options.new_tokens(len(r.prompt)) for r in requests],
@@ -571,7 +565,7 @@ class LanguageModel:
             pause_V=self._pause(tuple(options.stop)) if options.stop else None,
         )
         try:
-            check(request, self.config, self._n_valid)
+            check_request(request, self.config, self._n_valid)
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from None
         return request

@@ -1,6 +1,6 @@
 """Beam search: prefill, then one `while_loop` over a KV cache; tokens in, tokens out.
 
-Shapes are bucketed and everything else is traced, as in generate.py. Beside the axes
+Shapes are bucketed and everything else is traced, as in programs.py. Beside the axes
 of model.py: G prompts and M beams of each, whose B = G * M rows lie prompt by prompt.
 
 What is searched for, and when a search ends, is what transformers 5 does
@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.cache import KVCache
-from gpt2_jax.decoding.generate import NO_NUMBERS, bucket
+from gpt2_jax.decoding.buckets import bucket
+from gpt2_jax.decoding.forward import NOT_FINITE_MESSAGE
 from gpt2_jax.decoding.options import EARLY_STOPPING
 from gpt2_jax.decoding.sampling import History, Sampling, edit_logits
 from gpt2_jax.layout import Params
@@ -124,7 +125,7 @@ def beam_search(
     )
     finished, broken_G = jax.device_get((state.finished, state.broken_G))
     if broken_G.any():
-        raise ValueError(f"prompt {broken_G.argmax()}: {NO_NUMBERS}")
+        raise ValueError(f"prompt {broken_G.argmax()}: {NOT_FINITE_MESSAGE}")
 
     def hypothesis(row: int, begin: int) -> Hypothesis:
         stopped = finished.stopped_B[row]

@@ -78,6 +78,12 @@ class History(flax.struct.PyTreeNode):
     counts_BV: jax.Array  # int32: how often it was drawn
     state_B: jax.Array  # int32: row of the table of allowed tokens
 
+    @property
+    def last_token_B(self) -> jax.Array:
+        """The last token of each row, int32."""
+        at_B1 = jnp.maximum(self.length_B - 1, 0)[:, None]
+        return jnp.take_along_axis(self.tokens_BS, at_B1, axis=1)[:, 0]
+
     def append(
         self, token_B: jax.Array, grown_B: jax.Array, table_QV: jax.Array | None
     ) -> "History":
@@ -98,6 +104,11 @@ class History(flax.struct.PyTreeNode):
 
 
 # --- Edits of the logits, before temperature ------------------------------------------
+
+
+def forbid_padding(logits_BV: jax.Array, n_valid: jax.Array) -> jax.Array:
+    """-inf for ids >= n_valid, which only pad the vocabulary."""
+    return jnp.where(jnp.arange(logits_BV.shape[-1]) < n_valid, logits_BV, -jnp.inf)
 
 
 def penalize_repetition(
@@ -345,6 +356,23 @@ def sample(logits_BV: jax.Array, sampling: Sampling, key_B: jax.Array) -> jax.Ar
         return jnp.where(drawn_B, draw_token(filtered_BV, key_B), greedy_B)
 
     return jax.lax.cond(jnp.any(drawn_B), draw, lambda: greedy_B).astype(jnp.int32)
+
+
+def draw_keys(draw_B3: jax.Array, n_new_B: jax.Array) -> jax.Array:
+    """A PRNG key for the next draw of each row.
+
+    Args:
+      draw_B3: uint32: seed, row, sequence.
+      n_new_B: how many tokens the row has drawn before.
+    """
+
+    def key(draw_3, n):
+        key = jax.random.key(draw_3[0])
+        for x in (draw_3[1], draw_3[2], n):
+            key = jax.random.fold_in(key, x)
+        return key
+
+    return jax.vmap(key)(draw_B3, n_new_B)
 
 
 LANES = 128

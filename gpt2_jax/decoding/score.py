@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from gpt2_jax.checks import integer, is_list, items, shown, token_ids
 from gpt2_jax.data.sft import pack
-from gpt2_jax.decoding.generate import apply, check_ids, power_of_two
+from gpt2_jax.decoding.buckets import power_of_two
+from gpt2_jax.decoding.requests import check_ids
 from gpt2_jax.layout import Params
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.losses import token_log_probs
@@ -252,7 +253,7 @@ def _collect(
 @partial(jax.jit, static_argnames="model")
 def _hidden(model, params, tokens_BT, segment_BT2):
     kept = {"segment_BT": segment_BT2, "method": "hidden"}
-    return apply(model, params, tokens_BT, **kept)[0]
+    return model.apply({"params": params}, tokens_BT, **kept)[0]
 
 
 @partial(jax.jit, static_argnames=("n_valid", "mesh"))

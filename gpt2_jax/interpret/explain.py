@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2_jax.checks import integer
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.decoding.generate import NO_NUMBERS
+from gpt2_jax.decoding.forward import NOT_FINITE_MESSAGE
 from gpt2_jax.layout import LAYER, Params
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import causal_weights
@@ -146,7 +146,7 @@ def explain(
     kept = _explain(model, params, ids_T, n_valid=n_valid, top_k=top_k)
     logprobs, ranks, entropies, top_logprobs, top_ids, attention = map(np.asarray, kept)
     if not np.isfinite(entropies).all():
-        raise ValueError(NO_NUMBERS)
+        raise ValueError(NOT_FINITE_MESSAGE)
     write = partial(_written, token_bytes)
     return Explanation(
         config=cfg,

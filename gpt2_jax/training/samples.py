@@ -3,8 +3,9 @@
 from jax.sharding import Mesh
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.decoding.generate import Request, check, generate
+from gpt2_jax.decoding.generate import generate
 from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.requests import Request, check_request
 from gpt2_jax.layout import Params
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizers.tokenizer import (
@@ -23,7 +24,7 @@ def check_sample(cfg: EvalConfig, tokenizer: Tokenizer, model: GPT2Config) -> No
     try:
         ids = _prompt_ids(cfg, tokenizer)
         request = Request(ids, Options(max_new_tokens=cfg.sample_tokens), (0, 0, 0))
-        check(request, model, tokenizer.vocab_size)
+        check_request(request, model, tokenizer.vocab_size)
     except ValueError as error:
         raise ValueError(
             f"eval.sample_tokens={cfg.sample_tokens}, "

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 
 from gpt2_jax.cache import KVCache
-from gpt2_jax.decoding.generate import (
-    Decoder,
-    Draft,
-    Request,
-    bucket,
-    generate,
-)
+from gpt2_jax.decoding.buckets import bucket
+from gpt2_jax.decoding.generate import generate
 from gpt2_jax.decoding.options import Options
+from gpt2_jax.decoding.requests import Request
+from gpt2_jax.decoding.scheduler import Decoder
+from gpt2_jax.decoding.speculative import Draft
 from gpt2_jax.model import GPT2
 from gpt2_jax.runtime import sharding
 from shapes import TINY, random_params
@@ -385,7 +383,7 @@ def test_finished_rows_and_the_penalty_see_the_prompt_only_where_it_is(tiny):
 
 def test_hundreds_of_ragged_prompts(tiny, monkeypatch):
     monkeypatch.setattr(
-        "gpt2_jax.decoding.generate.PREFILL_TOKENS", 2048
+        "gpt2_jax.decoding.scheduler.PREFILL_TOKENS", 2048
     )  # groups of 64 rows
     lengths = RNG.integers(1, 30, 150)
     prompts = [RNG.integers(0, 61, n).tolist() for n in lengths]
