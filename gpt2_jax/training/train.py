@@ -57,7 +57,7 @@ from gpt2_jax.tokenizers.tokenizer import (
     tokenizer_hash,
 )
 from gpt2_jax.training import finetune, metrics, optim, plot
-from gpt2_jax.training.batches import Ahead, in_order, spread
+from gpt2_jax.training.batches import Prefetcher, in_order, shard_batch
 from gpt2_jax.training.config import BEGINNING, Position, TrainConfig, changes, plain
 from gpt2_jax.training.evaluate import evaluate, make_eval_step
 from gpt2_jax.training.optim import guard_counts
@@ -122,10 +122,12 @@ def train(
         begun = checkpoint.latest_contract(workdir / "checkpoints")
     source = None
     if cfg.init_from and begun is None:
-        source = distributed.first_alone(lambda: finetune.open_base(cfg.init_from))
+        source = distributed.first_process_first(
+            lambda: finetune.open_base(cfg.init_from)
+        )
     make_writable(workdir)
     distributed.check_shared(workdir)
-    with distributed.first_alone(partial(_lock, workdir)) as lock:
+    with distributed.first_process_first(partial(_lock, workdir)) as lock:
         return _train(cfg, workdir, mesh, source, begun, lock, profiled)
 
 
@@ -149,7 +151,9 @@ def _train(
     folder = workdir / "checkpoints"
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    tokenizer, data = distributed.first_alone(lambda: open_data(cfg, workdir, source))
+    tokenizer, data = distributed.first_process_first(
+        lambda: open_data(cfg, workdir, source)
+    )
     check_splits(cfg, data)
     if source is not None:
         finetune.check_tokenizer(tokenizer, source.tokenizer)
@@ -551,7 +555,7 @@ class _Run:
         self._open(state, start)
         step_fn = jit_step(cfg, self.model, optimizer, state, self.mesh, self.n_valid)
         make = partial(global_batch, self.examples, cfg, self.mesh, since=since)
-        self._batches = Ahead(make, range(start, cfg.steps))
+        self._batches = Prefetcher(make, range(start, cfg.steps))
         try:
             ended = self._finish(state, start, None) if due else self._exhausted
             pending = None  # the metrics of the step that the device is at
@@ -654,7 +658,9 @@ class _Run:
         self._shown = {"loss": "-"}  # beside the bar
         # tokens, seconds and those waited for data, of the steps since the last record
         self._recent: list[tuple[int, float, float]] = []
-        self._writer = distributed.first_alone(partial(self._make_writer, start))
+        self._writer = distributed.first_process_first(
+            partial(self._make_writer, start)
+        )
         traced = self.workdir / "profile" if self.writes and self.profiled else None
         self._trace = StepTrace(traced, self.profiled)
         on_terminal = sys.stderr.isatty() and self.writes
@@ -930,7 +936,7 @@ def global_batch(
     """
     examples = np.array(cfg.batch(step, since))
     number_AB = examples.reshape(cfg.microbatches(len(examples), mesh), -1)
-    return spread(source.train, number_AB, cfg.block_size, mesh)
+    return shard_batch(source.train, number_AB, cfg.block_size, mesh)
 
 
 def jit_step(
