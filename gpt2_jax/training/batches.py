@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_jax.data.loader import Batch, InOrder
+from gpt2_jax.data.loader import Batch, Examples, InOrder
 from gpt2_jax.runtime import sharding
+from gpt2_jax.training.config import BEGINNING, Position, TrainConfig
 
 T = TypeVar("T")
 
@@ -71,6 +72,23 @@ def in_order(
     )
 
 
+def global_batch(
+    source: Examples,
+    cfg: TrainConfig,
+    mesh: Mesh,
+    step: int,
+    since: Position = BEGINNING,
+) -> tuple[jax.Array | None, ...]:
+    """The batch of a step as `train_step` takes it: tokens, mask and segments.
+
+    Tokens are int32 [A, B, T + 1], and B is sharded over the mesh; example i of the
+    batch is [i // B, i % B].
+    """
+    examples = np.array(cfg.batch(step, since))
+    number_AB = examples.reshape(cfg.microbatches(len(examples), mesh), -1)
+    return shard_batch(source.train, number_AB, cfg.block_size, mesh)
+
+
 class Prefetcher(Generic[T]):
     """Prepares the next step's batch in a thread while the device computes this one."""
 
@@ -89,7 +107,7 @@ class Prefetcher(Generic[T]):
         return batch
 
     def begin(self, step: int) -> None:
-        """Begins to prepare one, best while the device is busy: threads share Python."""
+        """Begins to prepare one, best when the device is busy: threads share Python."""
         if step in self._steps and step not in self._coming:
             self._coming[step] = self._pool.submit(self._make, step)
 
