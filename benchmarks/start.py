@@ -33,8 +33,8 @@ from gpt2_jax.runtime.platform import traced_for
 from gpt2_jax.tokenizers.tokenizer import NoTokenizer
 from gpt2_jax.training import optim
 from gpt2_jax.training.config import TrainConfig
-from gpt2_jax.training.step import init_state
-from gpt2_jax.training.train import jit_step, make_model
+from gpt2_jax.training.setup import make_model
+from gpt2_jax.training.step import init_state, jit_step
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs/default.py"
 

@@ -79,7 +79,7 @@ class Checkpoints:
         self.folder = folder
         self._keep_last = keep_last
         self._given_up = False
-        distributed.first_alone(partial(_open, folder))
+        distributed.first_process_first(partial(_open, folder))
         self._saved: dict[int, Saved] = {}  # the steps that are there
         for step in check_steps(folder):
             self._saved[step] = Saved()
@@ -151,7 +151,9 @@ class Checkpoints:
             "interim": interim,
         }
         if step in self._saved:
-            distributed.first_alone(partial(_amend, self.folder / str(step), known))
+            distributed.first_process_first(
+                partial(_amend, self.folder / str(step), known)
+            )
             self._saved[step] = saved
             self._remove_old()
             return
@@ -226,7 +228,7 @@ class Checkpoints:
 
     def check_space(self, tree: Any) -> None:
         """Raises OSError, in all processes, where a save of a tree has no space."""
-        distributed.first_alone(partial(_check_space, self.folder, tree))
+        distributed.first_process_first(partial(_check_space, self.folder, tree))
 
     def _remove_old(self) -> None:
         for step in self._saved.keys() - kept_steps(self._saved, self._keep_last):
@@ -429,7 +431,7 @@ def latest_sound(
       ValueError, OSError: naming what stands in the place of a step.
     """
     aside = folder.parent / "damaged"
-    distributed.first_alone(partial(_set_incomplete_aside, folder, aside))
+    distributed.first_process_first(partial(_set_incomplete_aside, folder, aside))
     for step in reversed(saved_steps(folder)):
         step_folder = folder / str(step)
         contract: Contract | None = None
@@ -445,7 +447,7 @@ def latest_sound(
                 return contract, restore(step_folder, abstract())
             except DamagedCheckpointError as e:
                 error = e
-        distributed.first_alone(partial(_set_aside, step_folder, aside, error))
+        distributed.first_process_first(partial(_set_aside, step_folder, aside, error))
     if aside.is_dir() and any(aside.iterdir()):
         whole = [
             p.name for p in sorted(aside.iterdir()) if lacks_its_index(p / "state")
@@ -505,7 +507,7 @@ def restore(step_folder: Path, abstract: Any) -> Any:
         item=abstract, restore_args=restore_args, partial_restore=True
     )
     tree, error = None, None
-    distributed.first_alone(partial(_join, step_folder))
+    distributed.first_process_first(partial(_join, step_folder))
     try:
         sums = read_contract(step_folder).checksums
         tree = _restore(step_folder, args)
@@ -524,7 +526,7 @@ def restore_params(step_folder: Path, contract: Contract, abstract: Params) -> P
     """
     if not contract.run.get("optim", {}).get("ema_decay"):
         return restore(step_folder, {"params": abstract})["params"]
-    distributed.first_alone(partial(_join, step_folder))
+    distributed.first_process_first(partial(_join, step_folder))
     wanted = dict(leaves(abstract))
 
     def of_average(path: Any, _: Any) -> Any:

@@ -263,8 +263,8 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def first_alone(make: Callable[[], T]) -> T:
-    """`make()`, in process 0 before the others, which find what it left behind.
+def first_process_first(make: Callable[[], T]) -> T:
+    """Calls `make` in process 0 first, so that the others find what it left behind.
 
     Raises:
       ValueError, OSError: in all processes, when `make` did so in the first.
@@ -278,7 +278,7 @@ def first_alone(make: Callable[[], T]) -> T:
             results.append(make())
         except (ValueError, OSError) as e:
             error = e
-    _wait_for_all("first_alone")
+    _wait_for_all("first_process_first")
     size = 4 * MESSAGE  # bytes of the message, which must have one length in all
     text = "" if error is None else one_line(error)
     sent = np.frombuffer(text.encode().ljust(size), np.uint8)

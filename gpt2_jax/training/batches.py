@@ -1,4 +1,4 @@
-"""Batches as a mesh takes them: each host reads its own part, ahead of its use."""
+"""Batches on a mesh: each host reads its own part, and prefetches the next batch."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_jax.data.loader import Batch, InOrder
+from gpt2_jax.data.loader import Batch, Examples, InOrder
 from gpt2_jax.runtime import sharding
+from gpt2_jax.training.config import BEGINNING, Position, TrainConfig
 
 T = TypeVar("T")
 
 
-def spread(
+def shard_batch(
     read: Callable[[np.ndarray], Batch],
     number_AB: np.ndarray,
     block_size: int,
@@ -55,7 +56,7 @@ def spread(
 def in_order(
     examples: InOrder, batch_size: int, block_size: int, mesh: Mesh
 ) -> Iterator[tuple[jax.Array | None, ...]]:
-    """All of them, as `spread` gives them; the last batch is filled by empty ones.
+    """All examples, batch by batch; empty ones fill the last batch up.
 
     Raises ValueError when `batch_size` can't be spread evenly over the mesh.
     """
@@ -66,13 +67,30 @@ def in_order(
             f"{shards} devices it is spread over"
         )
     return (
-        spread(examples.read, np.arange(i, i + batch_size), block_size, mesh)
+        shard_batch(examples.read, np.arange(i, i + batch_size), block_size, mesh)
         for i in range(0, examples.count, batch_size)
     )
 
 
-class Ahead(Generic[T]):
-    """Makes the batch of the next step in a thread, while this one is computed."""
+def global_batch(
+    source: Examples,
+    cfg: TrainConfig,
+    mesh: Mesh,
+    step: int,
+    since: Position = BEGINNING,
+) -> tuple[jax.Array | None, ...]:
+    """The batch of a step as `train_step` takes it: tokens, mask and segments.
+
+    Tokens are int32 [A, B, T + 1], and B is sharded over the mesh; example i of the
+    batch is [i // B, i % B].
+    """
+    examples = np.array(cfg.batch(step, since))
+    number_AB = examples.reshape(cfg.microbatches(len(examples), mesh), -1)
+    return shard_batch(source.train, number_AB, cfg.block_size, mesh)
+
+
+class Prefetcher(Generic[T]):
+    """Prepares the next step's batch in a thread while the device computes this one."""
 
     def __init__(self, make: Callable[[int], T], steps: range) -> None:
         self._make, self._steps = make, steps
@@ -89,12 +107,12 @@ class Ahead(Generic[T]):
         return batch
 
     def begin(self, step: int) -> None:
-        """Begins to make one. Best when the device has work: threads share Python."""
+        """Begins to prepare one, best when the device is busy: threads share Python."""
         if step in self._steps and step not in self._coming:
             self._coming[step] = self._pool.submit(self._make, step)
 
     def take_waited(self) -> float:
-        """Seconds that `get` took since this was last asked."""
+        """Seconds that were spent in `get` since the last call of this method."""
         waited, self._waited = self._waited, 0.0
         return waited
 

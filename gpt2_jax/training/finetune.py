@@ -1,6 +1,8 @@
 """Runs that begin with the weights of another model, whoever wrote it."""
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,23 @@ def open_base(init_from: str) -> Source:
         raise ValueError(f"init_from={init_from}: {error}") from error
 
 
-def adapted(
+@dataclasses.dataclass(frozen=True)
+class AdapterBase:
+    """The model that the adapters of a run belong to; its weights stay fixed."""
+
+    params: Params
+    record: Mapping[str, Any]  # what checkpoints say of it, see `Contract.base`
+
+
+def adapter_base(
     init_from: str,
     source: Source,
     model: GPT2,
     tokenizer: Tokenizer,
     mesh: Mesh,
     workdir: Path,
-) -> tuple[Params, dict[str, Any]]:
-    """The parameters that a run adapts, and what its checkpoints say of them.
+) -> AdapterBase:
+    """Loads the model that a run with adapters begins with.
 
     Raises:
       ValueError: when they would have to be resized.
@@ -53,13 +63,13 @@ def adapted(
     path = user_path(init_from)
     is_here = path.exists()
     beside = os.path.relpath(path.resolve(), workdir.resolve())
-    said = {
+    record = {
         "model": str(path.resolve()) if is_here else init_from,
         "beside": beside if is_here else None,  # found there when both were moved
         "step": source.step,
         "sha256": params_hash(params),
     }
-    return params, said
+    return AdapterBase(params, record)
 
 
 def check_tokenizer(tokenizer: Tokenizer, base: Tokenizer) -> None:

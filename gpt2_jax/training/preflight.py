@@ -40,8 +40,8 @@ from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, NoTokenizer
 from gpt2_jax.training import metrics
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.optim import Optimizer, make_optimizer
-from gpt2_jax.training.step import TrainState, abstract_state
-from gpt2_jax.training.train import jit_step, make_model
+from gpt2_jax.training.setup import make_model
+from gpt2_jax.training.step import TrainState, abstract_state, jit_step
 
 HEADROOM = 0.2  # share of a chip's memory that is kept free
 

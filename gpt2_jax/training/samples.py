@@ -1,13 +1,17 @@
 """The text that a run generates at each evaluation."""
 
+import dataclasses
+
+import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.decoding.generate import generate
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.decoding.requests import Request, check_request
-from gpt2_jax.layout import Params
+from gpt2_jax.layout import Params, unstack_layers
 from gpt2_jax.model import GPT2
+from gpt2_jax.runtime import distributed, sharding
 from gpt2_jax.tokenizers.tokenizer import (
     NoTokenizer,
     Tokenizer,
@@ -30,6 +34,40 @@ def check_sample(cfg: EvalConfig, tokenizer: Tokenizer, model: GPT2Config) -> No
             f"eval.sample_tokens={cfg.sample_tokens}, "
             f"eval.sample_prompt={cfg.sample_prompt!r}: {error}"
         ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Generates text with the parameters of a run while it is trained."""
+
+    model: GPT2
+    tokenizer: Tokenizer
+    cfg: EvalConfig
+    seed: int
+    mesh: Mesh
+
+    def sample(self, params: Params) -> str | None:
+        """The text; None in processes of a job other than the first.
+
+        Args:
+          params: of the whole model, sharded over the mesh; stacked where the model
+            scans its layers.
+        """
+        model = self.model
+        mesh: Mesh | None = self.mesh
+        if jax.process_count() > 1:
+            params = sharding.local_copy(params, self.mesh)
+            if not distributed.is_first():
+                return None
+            model, mesh = model.clone(mesh=None), None  # one device
+        return sample_text(
+            model,
+            unstack_layers(params),
+            self.tokenizer,
+            self.cfg,
+            seed=self.seed,
+            mesh=mesh,
+        )
 
 
 def sample_text(

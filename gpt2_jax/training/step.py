@@ -1,5 +1,6 @@
 """TrainState, loss, train and eval step: pure functions."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from gpt2_jax.model import GPT2, init
 from gpt2_jax.ops.attention import attention_backend
 from gpt2_jax.ops.losses import summed_cross_entropy
 from gpt2_jax.runtime import sharding
+from gpt2_jax.runtime.xla_flags import step_options
+from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.optim import Optimizer, guard_counts
 
 
@@ -248,4 +251,36 @@ def attention_of(model: GPT2, B: int, T: int, *, deterministic: bool) -> str:
         model.dtype,
         dropout=cfg.attn_pdrop > 0 and not deterministic,
         mesh=model.mesh,
+    )
+
+
+def jit_step(
+    cfg: TrainConfig,
+    model: GPT2,
+    optimizer: Optimizer,
+    state: TrainState,
+    mesh: Mesh,
+    n_valid: int,
+) -> Any:
+    """The train step, jitted: (state, *batch) -> (state, metrics); donates the state.
+
+    Args:
+      state: for its shardings, which stay what they are; abstract leaves will do.
+      n_valid: the size of the vocabulary without its padding.
+    """
+    return jax.jit(
+        partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            seed=cfg.seed,
+            n_valid=n_valid,
+            lora=cfg.adapters,
+        ),
+        donate_argnums=0,
+        compiler_options=step_options(os.environ),
+        out_shardings=(
+            jax.tree.map(lambda x: x.sharding, state),
+            sharding.replicated(mesh),
+        ),
     )

@@ -10,12 +10,13 @@ import pytest
 
 from configs import default
 from gpt2_jax.checkpoints import checkpoint
-from gpt2_jax.training import metrics, plot
+from gpt2_jax.training import metrics, milestones, plot, samples
 from gpt2_jax.training import train as train_module
 from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.loop import Result
 from gpt2_jax.training.records import read_metrics
 from gpt2_jax.training.stop import StopSignals
-from gpt2_jax.training.train import Result, train
+from gpt2_jax.training.train import train
 from test_observed import compile_once as compile_once  # the fixture
 
 RECORDED = ("step", "tokens", "loss", "val_loss", "grad_norm", "learning_rate")
@@ -84,11 +85,11 @@ def test_stopped_at_evaluations_and_at_the_end(run, tmp_path, monkeypatch, capfd
         assert (result.step, result.signal) == (step, signal.SIGTERM)
         assert checkpoint.find_step(tmp_path / "run").name == str(step)
 
-    def die(*_):
+    def die(*_, **__):
         raise SystemExit  # when the loss is recorded and the checkpoint can't say so
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Run, "_sample", die)
+        patch.setattr(samples, "sample_text", die)
         with pytest.raises(SystemExit):
             run("run")
     assert run("run") == whole
@@ -99,7 +100,7 @@ def test_stopped_at_evaluations_and_at_the_end(run, tmp_path, monkeypatch, capfd
     def fail(*_, **__):
         raise RuntimeError("no\nroom")
 
-    monkeypatch.setattr(train_module, "sample_text", fail)
+    monkeypatch.setattr(samples, "sample_text", fail)
     monkeypatch.setattr(plot, "draw_curves", fail)
     assert run("blind") == whole
     assert left(tmp_path / "blind")["last"] == expected["last"]
@@ -116,7 +117,7 @@ def test_what_an_evaluation_runs_into_costs_no_step(run, tmp_path, monkeypatch):
 
     run("run", steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "evaluate", fail)
+        patch.setattr(milestones, "evaluate", fail)
         with pytest.raises(RuntimeError, match="the memory"):
             run("run")
     contract = checkpoint.latest_contract(tmp_path / "run/checkpoints")

@@ -13,7 +13,7 @@ from gpt2_jax.runtime.distributed import (
     Job,
     all_agree,
     detected,
-    first_alone,
+    first_process_first,
     is_lost_peer,
 )
 
@@ -144,7 +144,7 @@ def test_a_lost_peer_is_told_from_other_errors(error, expected):
 def test_alone_there_is_nobody_to_wait_for():
     assert all_agree(True)
     assert not all_agree(False)
-    assert first_alone(lambda: 5) == 5
+    assert first_process_first(lambda: 5) == 5
 
 
 # What a child of `run` does: the processes of a job without JAX.

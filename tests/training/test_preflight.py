@@ -30,8 +30,9 @@ from gpt2_jax.training.preflight import (
     render,
     vocab_size,
 )
+from gpt2_jax.training.setup import make_model
 from gpt2_jax.training.step import abstract_state, train_step
-from gpt2_jax.training.train import make_model, train
+from gpt2_jax.training.train import train
 
 ROOT = Path(__file__).parents[2]
 V, P, D, T, B = 64, 32, 32, 16, 64  # one layer

@@ -15,17 +15,13 @@ from gpt2_jax.runtime.lock import Lock
 from gpt2_jax.runtime.platform import traced_for
 from gpt2_jax.runtime.sharding import make_mesh, tree_shardings
 from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
-from gpt2_jax.training import train as train_module
+from gpt2_jax.training import setup
+from gpt2_jax.training.batches import global_batch
 from gpt2_jax.training.config import Position, TrainConfig, changes, plain
-from gpt2_jax.training.train import (
-    Best,
-    global_batch,
-    make_model,
-    make_writable,
-    position,
-    scans_layers,
-    train,
-)
+from gpt2_jax.training.early_stopping import Best
+from gpt2_jax.training.resume import position
+from gpt2_jax.training.setup import make_model, scans_layers
+from gpt2_jax.training.train import make_writable, train
 
 CONFIGS = sorted(path.stem for path in Path(default.__file__).parent.glob("*.py"))
 
@@ -196,7 +192,7 @@ def test_layers_may_be_scanned_or_not_from_one_call_of_a_run_to_the_next(
         def make(*args, **kwargs):
             return make_model(*args, **kwargs).clone(scan_layers=scan_layers)
 
-        monkeypatch.setattr(train_module, "make_model", make)
+        monkeypatch.setattr(setup, "make_model", make)
         cfg = config(
             **{"steps": steps, "batch_size": 8, "block_size": 16},
             **{"data__path": str(text), "data__tokenizer": "bytes"},
