@@ -398,7 +398,7 @@ def test_cut_runs_give_the_same_ids(real: Tokenizer, monkeypatch: pytest.MonkeyP
         ({"model_type": "Unigram"}, "model.type is 'Unigram'"),
         ({"model_byte_fallback": True}, "model.byte_fallback is True"),
         ({"model_end_of_word_suffix": "</w>"}, "end_of_word_suffix is '</w>'"),
-        ({"model_dropout": 0.1}, "!!model.dropout is 0.1"),
+        ({"model_dropout": 0.1}, "model.dropout is 0.1"),
         ({"normalizer": {"type": "NFC"}}, "normalizer is 'NFC'"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer is 'Metaspace'"),
         ({"pre_tokenizer": None}, "pre_tokenizer is None"),
