@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.data import foreign, sources
+from gpt2_jax.data.make_tokenizer import KINDS, build_tokenizer
 from gpt2_jax.data.prepare import (
     content_hash,
     cut_fingerprint,
@@ -28,10 +29,10 @@ from gpt2_jax.data.prepare import (
 )
 from gpt2_jax.data.shards import Index
 from gpt2_jax.data.sources import is_remote
-from gpt2_jax.data.tokenizers import KINDS, build_tokenizer
 from gpt2_jax.data.workplace import write_json
 from gpt2_jax.runtime.files import read_json, user_path
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 PLACES = "data.json"  # of prepared folders elsewhere, in the run's folder
 ANOTHER = "choose another workdir, or give what this run began with"

@@ -7,12 +7,9 @@ from gpt2_jax.decoding.generate import Request, check, generate
 from gpt2_jax.decoding.options import Options
 from gpt2_jax.layout import Params
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizers.tokenizer import (
-    NoTokenizer,
-    Tokenizer,
-    as_trained,
-    encode_prompt,
-)
+from gpt2_jax.tokenizers.boundaries import as_trained, encode_prompt
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 from gpt2_jax.training.config import EvalConfig
 
 

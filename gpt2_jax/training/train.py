@@ -33,7 +33,7 @@ from gpt2_jax.data.run_data import (
     run_folders,
 )
 from gpt2_jax.data.sft import sft_splits
-from gpt2_jax.formats.formats import load_base
+from gpt2_jax.formats.open_model import load_base
 from gpt2_jax.layout import (
     Params,
     count_params,
@@ -50,12 +50,8 @@ from gpt2_jax.runtime.lock import Lock
 from gpt2_jax.runtime.platform import on_cpu, on_gpu
 from gpt2_jax.runtime.profiling import StepTrace
 from gpt2_jax.runtime.xla_flags import step_options
-from gpt2_jax.tokenizers.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_hash,
-)
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.protocol import Tokenizer
 from gpt2_jax.training import finetune, metrics, optim, plot
 from gpt2_jax.training.batches import Ahead, in_order, spread
 from gpt2_jax.training.config import BEGINNING, Position, TrainConfig, changes, plain

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from test_sampling import history_of, words_array
 
 from gpt2_jax.decoding.sampling import Sampling, edit_logits, filter_logits
-from test_sampling import history_of, words_array
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

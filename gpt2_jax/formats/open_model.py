@@ -1,8 +1,7 @@
-"""What a path or a name stands for: one `Source`, whoever wrote it."""
+"""Tells the formats of models apart: a path or a name becomes one `Source`."""
 
 import dataclasses
 import os
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt2_jax.checkpoints import checkpoint
 from gpt2_jax.checkpoints.checkpoint import Contract
 from gpt2_jax.checkpoints.integrity import params_hash
-from gpt2_jax.checks import check_choice, check_text, integer, one_line
+from gpt2_jax.checks import check_text, integer, one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.formats import hf, llmc, nanogpt, openai_tf
 from gpt2_jax.formats.params import check_tensors, load_params
 from gpt2_jax.formats.safetensors_file import SUFFIX, is_safetensors
 from gpt2_jax.formats.tensors import Tensor
 from gpt2_jax.formats.torch_file import is_torch_file, read_torch_file
-from gpt2_jax.layout import Params, dtype_named
+from gpt2_jax.layout import Params
 from gpt2_jax.lora import LoraConfig, init_adapters, merged
 from gpt2_jax.model import abstract_params
 from gpt2_jax.runtime.files import check_regular, is_there, user_path
-from gpt2_jax.runtime.partial import appears_whole
-from gpt2_jax.runtime.sharding import on_device
-from gpt2_jax.tokenizers.tokenizer import (
-    GPT2Tokenizer,
-    NoTokenizer,
-    Tokenizer,
-    as_trained,
-    load_tokenizer,
-)
+from gpt2_jax.tokenizers.boundaries import as_trained
+from gpt2_jax.tokenizers.files import load_tokenizer
+from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 EXPECTED = (
     "a run's folder, a Hugging Face folder or hub name, an OpenAI checkpoint folder, a "
     "nanoGPT ckpt.pt, an llm.c .bin, or a file of weights with config.json beside it"
 )
-FORMATS = ("hf", "safetensors", "llmc", "orbax")  # that `convert` writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,80 +284,3 @@ def _fitted(tokenizer: Tokenizer, cfg: GPT2Config, path: Path) -> Tokenizer:
         ends = tuple(i for i in ends if i < rows)
         return NoTokenizer(rows, next(iter(ends), None), tokenizer.why, ends)
     return tokenizer
-
-
-def convert(
-    model: str | Path,
-    to: str,
-    out: str | Path,
-    *,
-    step: int | str | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Writes a model, whoever wrote it, in another format.
-
-    Args:
-      model, step, revision: as for `lm.load`.
-      to: hf, a folder for transformers; safetensors, its weights and config alone;
-        llmc, a file for llm.c; orbax, a folder that `lm.load` and a partial restore
-        take, with the parameters and no optimizer state.
-      out: a folder, or llm.c's file; it appears whole or not at all.
-      dtype: float32 or bfloat16, of what is written (orbax: float32 only).
-      max_shard_bytes: of hf's files.
-
-    Raises:
-      FileExistsError: when `out` is there already.
-      ValueError: on what the format can't hold, naming it; and as `lm.load`.
-    """
-    check_choice("to", to, FORMATS)
-    dtype_named(dtype)
-    if to == "orbax" and dtype != "float32":
-        raise ValueError(f"orbax checkpoints are float32 here, not {dtype}")
-    if integer("max_shard_bytes", max_shard_bytes) < 1:
-        raise ValueError(f"{max_shard_bytes=} must be >= 1")
-    out = user_path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already")
-    source = open_model(model, step=step, revision=revision)
-    places = on_device(abstract_params(source.config), jax.devices("cpu")[0])
-    params = source.load(jnp.float32, places)
-    cfg = source.config
-    if to != "orbax" and source.n_rows is not None:
-        cfg = dataclasses.replace(cfg, vocab_size=source.n_rows)
-    with appears_whole(out) as partial:
-        if to == "llmc":
-            llmc.write(partial, cfg, params, dtype=dtype)
-        else:
-            partial.mkdir()
-        if to in ("hf", "safetensors"):
-            hf.write(
-                partial,
-                cfg,
-                params,
-                source.tokenizer if to == "hf" else _no_tokenizer(source),
-                dtype=dtype,
-                max_shard_bytes=max_shard_bytes,
-                summary=source.summary,
-                settings=source.settings,
-            )
-        if to == "orbax":
-            _write_orbax(partial, source, params)
-
-
-def _no_tokenizer(source: Source) -> NoTokenizer:
-    rows, of = source.config.vocab_size, source.tokenizer
-    return NoTokenizer(rows, of.eot_id, "only weights were written", of.end_ids)
-
-
-def _write_orbax(folder: Path, source: Source, params: Params) -> None:
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
-    state = {"step": jnp.int32(source.step or 0), "params": params, "opt_state": ()}
-    checkpoints.save(
-        types.SimpleNamespace(**state),
-        model=source.config,
-        run={},
-        tokenizer=source.tokenizer,
-    )
-    checkpoints.close()

@@ -12,14 +12,12 @@ from gpt2_jax.data.sources import Paths
 from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.runtime.files import user_path
 from gpt2_jax.runtime.partial import appears_whole
-from gpt2_jax.tokenizers.tokenizer import (
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
+from gpt2_jax.tokenizers.train import (
     SENTENCEPIECE_MODELS,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
     check_special_tokens,
-    load_tokenizer,
-    save_tokenizer,
     train_byte_level_bpe,
     train_sentencepiece,
 )
