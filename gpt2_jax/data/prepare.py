@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gpt2_jax.checks import integer, items, number, shown
 from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.encode import Counts, Job, encoded, make_plan
-from gpt2_jax.data.make_tokenizer import KINDS, build_tokenizer
+from gpt2_jax.data.make_tokenizer import TOKENIZER_KINDS, build_tokenizer
 from gpt2_jax.data.records import Records
 from gpt2_jax.data.shards import MOST, SPLITS, VERSION, Index, dtype_for, read_index
 from gpt2_jax.data.sources import Document, Paths, is_remote
@@ -73,7 +73,7 @@ def fingerprint(
 
 
 def tokenizer_fingerprint(tokenizer: str, vocab_size: int | None) -> dict[str, Any]:
-    if tokenizer not in KINDS:
+    if tokenizer not in TOKENIZER_KINDS:
         tokenizer = tokenizer_hash(load_tokenizer(tokenizer))
     return {"tokenizer": tokenizer, "vocab_size": vocab_size}
 
@@ -190,7 +190,7 @@ def prepare(
         raise ValueError(
             f"tokenizer={shown(tokenizer)} must be a tokenizer or its name"
         )
-    if isinstance(tokenizer, str) and tokenizer not in KINDS:
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZER_KINDS:
         tokenizer = build_tokenizer(tokenizer, vocab_size=vocab_size)
     given: list[str | Path | None] = [None]
     if path is not None:

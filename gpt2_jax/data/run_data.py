@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.data import foreign, sources
-from gpt2_jax.data.make_tokenizer import KINDS, build_tokenizer
+from gpt2_jax.data.make_tokenizer import TOKENIZER_KINDS, build_tokenizer
 from gpt2_jax.data.prepare import (
     content_hash,
     cut_fingerprint,
@@ -309,7 +309,7 @@ def examples_tokenizer(kind: str, vocab_size: int | None, workdir: Path) -> Toke
             raise
         note(f"{error}: the run goes on with the tokenizer in {kept}")
         return load_tokenizer(kept)
-    if kind not in KINDS and not kept.exists():
+    if kind not in TOKENIZER_KINDS and not kept.exists():
         save_tokenizer(tokenizer, kept)
     return tokenizer
 

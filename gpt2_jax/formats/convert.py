@@ -31,19 +31,19 @@ def convert(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes a model, whoever wrote it, in another format.
+    """Writes a model of any format that `open_model` knows in another format.
 
     Args:
       model, step, revision: as for `lm.load`.
       to: hf, a folder for transformers; safetensors, its weights and config alone;
-        llmc, a file for llm.c; orbax, a folder that `lm.load` and a partial restore
-        take, with the parameters and no optimizer state.
-      out: a folder, or llm.c's file; it appears whole or not at all.
-      dtype: float32 or bfloat16, of what is written (orbax: float32 only).
-      max_shard_bytes: of hf's files.
+        llmc, a file for llm.c; orbax, a folder for `lm.load` and partial restores, with
+        the parameters and no optimizer state.
+      out: a folder, or the file for llm.c; it appears whole or not at all.
+      dtype: float32 or bfloat16, the type that is written (orbax: float32 only).
+      max_shard_bytes: the largest size of hf's files of weights.
 
     Raises:
-      FileExistsError: when `out` is there already.
+      FileExistsError: when `out` exists.
       ValueError: on what the format can't hold, naming it; and as `lm.load`.
     """
     check_choice("to", to, OUTPUT_FORMATS)
@@ -56,8 +56,8 @@ def convert(
     if out.exists():
         raise FileExistsError(f"{out} exists already")
     source = open_model(model, step=step, revision=revision)
-    places = on_device(abstract_params(source.config), jax.devices("cpu")[0])
-    params = source.load(jnp.float32, places)
+    shardings = on_device(abstract_params(source.config), jax.devices("cpu")[0])
+    params = source.load(jnp.float32, shardings)
     cfg = source.config
     if to != "orbax" and source.n_rows is not None:
         cfg = dataclasses.replace(cfg, vocab_size=source.n_rows)
@@ -82,8 +82,13 @@ def convert(
 
 
 def _no_tokenizer(source: Source) -> NoTokenizer:
-    rows, of = source.config.vocab_size, source.tokenizer
-    return NoTokenizer(rows, of.eot_id, "only weights were written", of.end_ids)
+    tokenizer = source.tokenizer
+    return NoTokenizer(
+        source.config.vocab_size,
+        tokenizer.eot_id,
+        "only weights were written",
+        tokenizer.end_ids,
+    )
 
 
 def _write_orbax(folder: Path, source: Source, params: Params) -> None:

@@ -6,33 +6,36 @@ from functools import partial
 
 import numpy as np
 
-from gpt2_jax.checks import shown
+from gpt2_jax.checks import check_text, shown
 from gpt2_jax.tokenizers.added_tokens import SPACE, AddedTokens
 from gpt2_jax.tokenizers.gpt2_files import (
     BYTE_OF_CHARACTER,
     choose_file_set,
     read_vocabulary,
 )
-from gpt2_jax.tokenizers.table import TableTokenizer, utf8_bytes
+from gpt2_jax.tokenizers.table import TableTokenizer
 from gpt2_jax.tokenizers.token_roles import ROLES, Roles, read_roles
 
 # GPT-2's pre-token pattern, `'s|'t|...| ?\p{L}+|...|\s+(?!\S)|\s+`, for an engine that
-# backtracks: possessive where giving back cannot help, and a closing run of whitespace
-# taken whole. After `\s+(?!\S)` has failed, just one whitespace character is left.
+# backtracks: quantifiers are possessive where backtracking cannot help, and a run of
+# white space at the end of the text is one match. Where `\s+(?!\S)` fails, exactly one
+# white space character is left.
 _PRE_TOKEN = (
     r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
     r"|\s++$|\s+(?!\S)|\s"
 )
-# What still backtracks, `\s+(?!\S)`, overflows the engine's stack (and panics) on some
-# 300,000 spaces before a word. All of a run but its last character is one pre-token, so
-# very long runs are cut off here.
+# `\s+(?!\S)` still backtracks: some 300,000 spaces before a word overflow the engine's
+# stack, and it panics. All of a run but its last character is one pre-token, so very
+# long runs are split off before the engine sees them.
 _LONG = 10_000
 _LONG_RUN = re.compile(rf"((?<![{SPACE}])[{SPACE}]{{{_LONG},}}(?=[{SPACE}][^{SPACE}]))")
 
 
 def _cut_long_runs(text: str) -> list[str]:
-    """The parts of text: each can be encoded on its own."""
-    half = _LONG // 2  # a long run covers a whole stride: most texts end here, fast
+    """Splits text into parts that can each be encoded on their own."""
+    # A long run covers at least one whole stride. Few texts have such a run, and the
+    # others are spared the regex.
+    half = _LONG // 2
     strides = range(0, len(text) - half + 1, half)
     if any(text[i : i + half].isspace() for i in strides):
         return _LONG_RUN.split(text)
@@ -43,12 +46,13 @@ class GPT2Tokenizer(TableTokenizer):
     """GPT-2's byte-level BPE, run by tiktoken.
 
     Args:
-      files: `vocab.json` and `merges.txt`, or `encoder.json` and `vocab.bpe`, or
-        `tokenizer.json` alone. Ids are those of the vocabulary, in whatever order.
-        Beside them those of `token_roles.BESIDE`, as transformers writes them, and
-        ROLES, which `files` gives where they said anything.
+      files: name -> content. `vocab.json` and `merges.txt`, or `encoder.json` and
+        `vocab.bpe`, or `tokenizer.json` alone; ids are those of the vocabulary, in any
+        order. In addition, files of `token_roles.BESIDE`, as transformers writes them,
+        or ROLES, into which `files()` condenses them.
 
-    Raises ValueError on files that are damaged, or that describe another tokenizer.
+    Raises:
+      ValueError: on files that are damaged, or that describe another tokenizer.
     """
 
     kind = "gpt2"
@@ -89,7 +93,7 @@ class GPT2Tokenizer(TableTokenizer):
     def _make_table(
         self, name: str, ids: Mapping[str, int], learned: Sequence[str]
     ) -> list[bytes]:
-        """What each id stands for; raises ValueError unless each stands for a token."""
+        """Returns the bytes of each id; ValueError unless every id has one token."""
         tokens = {token.content: token.id for token in self.roles.added}
         for token, i in ids.items():
             if tokens.setdefault(token, i) != i:
@@ -103,7 +107,7 @@ class GPT2Tokenizer(TableTokenizer):
             )
         table = [b""] * size
         for token, i in kept.items():
-            table[i] = utf8_bytes(token)
+            table[i] = check_text("text", token).encode()
         for token in learned:
             if ids[token] >= size:
                 raise ValueError(
@@ -114,18 +118,18 @@ class GPT2Tokenizer(TableTokenizer):
         return table
 
     def within(self, size: int) -> "GPT2Tokenizer":
-        """The same without the tokens whose ids are `size` or more.
+        """Returns the tokenizer without the tokens whose ids are `size` or more.
 
         Raises:
-          ValueError: where text is cut into one of them.
+          ValueError: when ordinary text is encoded to one of them.
         """
-        return self._with(self.roles.within(size))
+        return self._with_roles(self.roles.within(size))
 
     def as_trained(self) -> "GPT2Tokenizer":
-        """The same for a model that was trained here, see `Roles.as_trained`."""
-        return self._with(self.roles.as_trained())
+        """Returns the tokenizer of a model trained here, see `Roles.as_trained`."""
+        return self._with_roles(self.roles.as_trained())
 
-    def _with(self, roles: Roles) -> "GPT2Tokenizer":
+    def _with_roles(self, roles: Roles) -> "GPT2Tokenizer":
         if roles == self.roles:
             return self
         return GPT2Tokenizer({**self._files, ROLES: roles.to_json()})
@@ -143,36 +147,36 @@ class GPT2Tokenizer(TableTokenizer):
         return self.roles.begin_ids
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Ids of a text. Tokens that were added are found in it, except special ones.
+        """Returns the ids of a text, in which added tokens that aren't special count.
 
         Args:
-          parse_special: special tokens too. Whoever wrote the text can then end it,
-            or speak in a role that is not his.
+          parse_special: finds special tokens too. Whoever wrote the text can then end
+            it, or speak in another's role.
         """
         ids: list[int] = []
-        for part in self._parts(text, parse_special):
+        for part in self._split(text, parse_special):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             ranks = self._bpe.encode_ordinary(part)
-            known = self._id_of_rank
-            ids += ranks if known is None else known[ranks].tolist()
+            table = self._id_of_rank
+            ids += ranks if table is None else table[ranks].tolist()
         return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         arrays: list[np.ndarray] = [np.zeros(0, np.int64)]
-        for part in self._parts(text, parse_special=False):
+        for part in self._split(text, parse_special=False):
             if isinstance(part, int):
                 arrays.append(np.array([part]))
                 continue
             ranks = self._bpe.encode_to_numpy(part, disallowed_special=())
-            known = self._id_of_rank
-            arrays.append(ranks if known is None else known[ranks])
+            table = self._id_of_rank
+            arrays.append(ranks if table is None else table[ranks])
         return arrays[1] if len(arrays) == 2 else np.concatenate(arrays)
 
-    def _parts(self, text: str, parse_special: bool) -> Iterator[str | int]:
-        """Ids of added tokens, and texts that can each be encoded on its own."""
-        utf8_bytes(text)
+    def _split(self, text: str, parse_special: bool) -> Iterator[str | int]:
+        """Yields ids of added tokens, and texts that are encoded one by one."""
+        check_text("text", text)
         for part in self._added.split(text, parse_special=parse_special):
             if isinstance(part, int):
                 yield part

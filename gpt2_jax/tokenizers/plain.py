@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from gpt2_jax.checks import check_text
 from gpt2_jax.runtime.files import parse_json
-from gpt2_jax.tokenizers.table import TableTokenizer, utf8_bytes
+from gpt2_jax.tokenizers.table import TableTokenizer
 from gpt2_jax.tokenizers.token_roles import END_OF_TEXT
 
 
@@ -20,7 +21,7 @@ class ByteTokenizer(TableTokenizer):
         self.eot_id = 256
 
     def encode(self, text: str) -> list[int]:
-        return list(utf8_bytes(text))
+        return list(check_text("text", text).encode())
 
     def files(self) -> dict[str, bytes]:
         return {"bytes.json": b"{}\n"}
@@ -39,7 +40,7 @@ class CharTokenizer(TableTokenizer):
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
             raise ValueError("no text to take characters from")
-        utf8_bytes(self.characters)  # refuses a lone surrogate
+        check_text("text", self.characters)
         self._codes = self._code_points(self.characters)
         self._table = [c.encode() for c in self.characters]
         if end_of_text:
@@ -66,7 +67,7 @@ class CharTokenizer(TableTokenizer):
         raise ValueError("characters.json: not a JSON string")
 
     def encode(self, text: str) -> list[int]:
-        utf8_bytes(text)  # refuses a lone surrogate
+        check_text("text", text)
         codes = self._code_points(text)
         ids = np.searchsorted(self._codes, codes)
         known = self._codes[np.minimum(ids, len(self._codes) - 1)] == codes

@@ -1,11 +1,12 @@
-"""SentencePiece models, those that are trained here and foreign ones."""
+"""SentencePiece models, trained here or elsewhere."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from gpt2_jax.checks import check_text
 from gpt2_jax.runtime.budget import Budget
-from gpt2_jax.tokenizers.table import TableTokenizer, utf8_bytes
+from gpt2_jax.tokenizers.table import TableTokenizer
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 
@@ -13,11 +14,15 @@ SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 class SentencePieceTokenizer(TableTokenizer):
     """A SentencePiece model; its end-of-sentence piece, if any, is the end of text.
 
-    A model of `train_sentencepiece` is exact for every text. A foreign one is used as
-    it is: its normaliser may change the text, and without byte fallback a character
-    that it does not know becomes its unknown piece, which decodes to U+FFFD.
+    A model from `train_sentencepiece` is exact for every text. One from elsewhere is
+    used as it is: its normalizer may change the text, and without byte fallback an
+    unknown character becomes the unknown piece, which decodes to U+FFFD.
 
-    Raises ValueError if `model` is no SentencePiece model.
+    Args:
+      model: the content of a `.model` file.
+
+    Raises:
+      ValueError: when it is no SentencePiece model.
     """
 
     kind = "sentencepiece"
@@ -26,7 +31,7 @@ class SentencePieceTokenizer(TableTokenizer):
         import sentencepiece
 
         self._model = model
-        # Each piece and each text of a model begins with one of these: field 1 or 5.
+        # A piece or a text in a model begins with the tag of field 1 or 5: these bytes.
         n_parts = model.count(b"\n") + model.count(b"*")
         Budget(len(model)).draw(120 * n_parts)
         try:
@@ -40,12 +45,12 @@ class SentencePieceTokenizer(TableTokenizer):
         ids = range(self._sp.get_piece_size())
         self._table = [self._piece_bytes(i) for i in ids]
         byte_ids = {self._table[i]: i for i in ids if self._sp.is_byte(i)}
-        # A foreign model may put a space before the text: found by trying.
+        # Whether the model puts a space before the text shows only when it encodes one.
         self._has_prefix = self._bytes(self._sp.encode("a")).startswith(b" ")
-        # A literal U+2581 would come back as a space: it goes as three bytes.
-        self._blank_ids: list[int] | None = None
+        # A literal U+2581 would decode to a space, so it is encoded as its three bytes.
+        self._space_mark_ids: list[int] | None = None
         if len(byte_ids) == 256 and not self._has_prefix:
-            self._blank_ids = [byte_ids[bytes([b])] for b in SPACE_MARK.encode()]
+            self._space_mark_ids = [byte_ids[bytes([b])] for b in SPACE_MARK.encode()]
 
     def _piece_bytes(self, i: int) -> bytes:
         piece = self._sp.id_to_piece(i)
@@ -56,21 +61,21 @@ class SentencePieceTokenizer(TableTokenizer):
         return piece.replace(SPACE_MARK, " ").encode()
 
     def encode(self, text: str) -> list[int]:
-        utf8_bytes(text)
-        if self._blank_ids is None or SPACE_MARK not in text:
+        check_text("text", text)
+        if self._space_mark_ids is None or SPACE_MARK not in text:
             return self._sp.encode(text)
         first, *rest = (self._sp.encode(part) for part in text.split(SPACE_MARK))
-        return sum((self._blank_ids + ids for ids in rest), first)
+        return sum((self._space_mark_ids + ids for ids in rest), first)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         text = super().decode(ids)
         return text.removeprefix(" ") if self._has_prefix else text
 
     def bpe(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
-        """As a plain BPE: its vocabulary, piece -> id, and its merges in their order.
+        """Returns the model as a plain BPE: piece -> id, and the merges in order.
 
         Raises:
-          ValueError: on a model that isn't as `train_sentencepiece` makes them.
+          ValueError: on a model that isn't like those of `train_sentencepiece`.
         """
         ids = range(self.vocab_size)
         pieces = [self._sp.id_to_piece(i) for i in ids]
@@ -81,9 +86,9 @@ class SentencePieceTokenizer(TableTokenizer):
             if not (self._sp.is_byte(i) or self._sp.is_control(i))
             and not self._sp.is_unknown(i)
         ]
-        probe = "\ufb01 \u212b  x\n"  # what a normaliser would change
+        probe = "\ufb01 \u212b  x\n"  # text that a normalizer would change
         if (
-            self._blank_ids is None
+            self._space_mark_ids is None
             or self.decode(self.encode(probe)) != probe
             or [scores[i] for i in learned] != [-j for j in range(len(learned))]
         ):

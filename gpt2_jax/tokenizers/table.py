@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt2_jax.checks import check_text, shown, token_ids
+from gpt2_jax.checks import shown, token_ids
 
 
 class TableTokenizer:
@@ -58,8 +58,3 @@ class TableTokenizer:
                     f"token id {shown(i)} is out of range: vocab_size={self.vocab_size}"
                 )
         return b"".join([self._table[i] for i in numbers])
-
-
-def utf8_bytes(text: str) -> bytes:
-    """Returns text as UTF-8; ValueError on a lone surrogate, or what is no str."""
-    return check_text("text", text).encode()

@@ -1,4 +1,4 @@
-"""Text -> a trained tokenizer: byte-level BPE or SentencePiece."""
+"""Trains tokenizers on text: byte-level BPE as GPT-2's, and SentencePiece."""
 
 import json
 import re
@@ -7,25 +7,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from gpt2_jax.checks import check_choice, check_text, integer, items
 from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
 from gpt2_jax.tokenizers.sentencepiece import SentencePieceTokenizer
-from gpt2_jax.tokenizers.table import utf8_bytes
 from gpt2_jax.tokenizers.token_roles import END_OF_TEXT
 
 SENTENCEPIECE_MODELS = ("bpe", "unigram", "char")
-_RESERVED = re.compile("[\u2581\u2585]")  # its trainer's own: blank and unknown
-_SENTENCE = 1 << 20  # characters
+# Characters by which SentencePiece's trainer marks a space and an unknown character.
+_RESERVED = re.compile("[\u2581\u2585]")
+_MAX_SENTENCE = 1 << 20  # characters
 
 
 def train_byte_level_bpe(
     texts: Iterable[str], vocab_size: int, *, special_tokens: Sequence[str] = ()
 ) -> GPT2Tokenizer:
-    """Trains GPT-2's kind of BPE by the library tokenizers (the extra `tokenizers`).
+    """Trains GPT-2's kind of BPE with the library tokenizers (the extra `tokenizers`).
 
-    Ids: the 256 bytes, the merges in their order, the end of text, special_tokens. The
-    same texts, in the same parts, give the same tokenizer.
+    Ids: the 256 bytes, the merges in order, the end of text, special_tokens. The same
+    texts, in the same parts, give the same tokenizer.
 
-    Raises ValueError, naming the limit, when the text cannot fill vocab_size or the
-    bytes and special tokens do not fit in it, on special tokens as
-    `check_special_tokens`, and when the library is missing.
+    Raises:
+      ValueError: when the text cannot fill vocab_size, or the bytes and special tokens
+        do not fit in it, naming the limit; on special tokens as `check_special_tokens`;
+        and when the library is missing.
     """
     try:
         import tokenizers
@@ -79,23 +80,24 @@ def train_sentencepiece(
     byte_fallback: bool = True,
     special_tokens: Sequence[str] = (),
 ) -> SentencePieceTokenizer:
-    """Trains a model on `texts`; 2 MB take about a second as BPE.
+    """Trains a SentencePiece model; 2 MB of text take about a second as BPE.
 
-    Nothing is normalised, and runs of spaces and newlines may become pieces. The same
+    Nothing is normalized, and runs of spaces and newlines may become pieces. The same
     texts give the same model. The text is held in memory.
 
     Args:
-      texts: in any parts.
-      vocab_size: number of ids, all told.
+      texts: the corpus, split anywhere.
+      vocab_size: number of ids, special pieces included.
       model_type: bpe, unigram or char; char takes the most frequent characters.
-      byte_fallback: characters that are not known are written as bytes, so that any
-        text is exact; without, they become the unknown piece.
+      byte_fallback: whether unknown characters are encoded as bytes, which makes every
+        text exact; otherwise they become the unknown piece.
       special_tokens: names of ids that no text is encoded to; they follow the unknown
         piece and the end of text.
 
-    Raises ValueError, naming the limit, if the corpus cannot fill vocab_size, if the
-    256 bytes, the special pieces and the corpus's characters do not fit in it, or on
-    special tokens as `check_special_tokens`.
+    Raises:
+      ValueError: when the corpus cannot fill vocab_size, or the 256 bytes, the special
+        pieces and the corpus's characters do not fit in it, naming the limit; and on
+        special tokens as `check_special_tokens`.
     """
     import io
 
@@ -128,7 +130,7 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * _SENTENCE,  # in bytes; longer ones are dropped
+            max_sentence_length=8 * _MAX_SENTENCE,  # in bytes; longer ones are dropped
             num_threads=1,
             minloglevel=2,
         )
@@ -141,9 +143,9 @@ def train_sentencepiece(
 
 
 def check_special_tokens(names: Sequence[str]) -> None:
-    """Raises ValueError on a name that is empty, has spaces, or comes twice.
+    """Raises ValueError on a name that is empty, has white space, or occurs twice.
 
-    A comma would not survive SentencePiece's options.
+    Commas are refused because they separate names in SentencePiece's options.
     """
     names = [
         check_text("special token", name) for name in items("special_tokens", names)
@@ -158,16 +160,16 @@ def check_special_tokens(names: Sequence[str]) -> None:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Texts without the characters at which the trainer drops the whole sentence."""
+    """Yields texts without the characters that make the trainer drop a sentence."""
     for text in texts:
-        utf8_bytes(text)
+        check_text("text", text)
         for part in _RESERVED.split(text):
-            for at in range(0, len(part), _SENTENCE):
-                yield part[at : at + _SENTENCE]
+            for at in range(0, len(part), _MAX_SENTENCE):
+                yield part[at : at + _MAX_SENTENCE]
 
 
 def _training_error(message: str, vocab_size: int) -> str:
-    """SentencePiece's message in one line for a person."""
+    """Returns SentencePiece's message as one line that names the limit."""
     if "sentences_.empty()" in message:
         return "no text to train a tokenizer on"
     if found := re.search(r"Vocabulary size too high .* <= (\d+)", message):
