@@ -45,7 +45,7 @@ def prepare(folder: Path) -> None:
 
     from gpt2_jax.config import GPT2Config
     from gpt2_jax.formats import hf
-    from gpt2_jax.tokenizers.tokenizer import load_tokenizer
+    from gpt2_jax.tokenizers.files import load_tokenizer
     from shapes import random_params
 
     cfg = GPT2Config.named("gpt2")

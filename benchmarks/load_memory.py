@@ -45,7 +45,7 @@ def write(folder: Path, size: str, dtype: str) -> None:
     from gpt2_jax.formats.hf import config_values, write_safetensors
     from gpt2_jax.formats.names import their_name
     from gpt2_jax.formats.params import matrix_shapes
-    from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+    from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
 
     cfg = GPT2Config.named(size)
     rng = np.random.default_rng(0)

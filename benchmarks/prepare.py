@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.data.prepare import prepare
-from gpt2_jax.tokenizers.tokenizer import GPT2Tokenizer, load_tokenizer
+from gpt2_jax.tokenizers.files import load_tokenizer
+from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = 2

@@ -30,7 +30,7 @@ from absl import flags
 from gpt2_jax.commands import cli
 from gpt2_jax.runtime import sharding
 from gpt2_jax.runtime.platform import traced_for
-from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
 from gpt2_jax.training import optim
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.setup import make_model

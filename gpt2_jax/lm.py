@@ -28,17 +28,14 @@ from gpt2_jax.decoding.speculative import NO_DRAFT, Draft
 from gpt2_jax.decoding.state import batch_sampling
 from gpt2_jax.decoding.text import TextStream, completing_tokens
 from gpt2_jax.decoding.weights import INT8, check_dtype, model_of, quantize, turned
-from gpt2_jax.formats.formats import open_model
+from gpt2_jax.formats.open_model import open_model
 from gpt2_jax.interpret.explain import Explanation, explain
 from gpt2_jax.layout import Params
 from gpt2_jax.model import GPT2, abstract_params
 from gpt2_jax.runtime.sharding import on_device, tree_shardings
-from gpt2_jax.tokenizers.tokenizer import (
-    NoTokenizer,
-    Tokenizer,
-    before_text,
-    encode_prompt,
-)
+from gpt2_jax.tokenizers.boundaries import before_text, encode_prompt
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 Ids = Sequence[int] | np.ndarray
 Prompt = str | Ids

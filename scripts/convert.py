@@ -9,7 +9,7 @@ from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 # isort: split
 from absl import flags
 
-from gpt2_jax.formats.formats import FORMATS, convert
+from gpt2_jax.formats.convert import OUTPUT_FORMATS, convert
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -18,7 +18,7 @@ _MODEL = flags.DEFINE_string(
     "a nanoGPT ckpt.pt or an llm.c .bin.",
     required=True,
 )
-_TO = flags.DEFINE_enum("to", None, FORMATS, "The format.", required=True)
+_TO = flags.DEFINE_enum("to", None, OUTPUT_FORMATS, "The format.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder or file to make.", required=True)
 _STEP = flags.DEFINE_string("step", None, "Of a run: number or best; none: latest.")
 _REVISION = flags.DEFINE_string("revision", None, "Of a model on the hub.")

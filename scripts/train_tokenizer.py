@@ -8,9 +8,10 @@ from gpt2_jax.commands.door import run  # first: what Ctrl-C does from here on
 # isort: split
 from absl import flags
 
+from gpt2_jax.data.make_tokenizer import train_tokenizer
 from gpt2_jax.data.sources import FORMATS, split_paths
-from gpt2_jax.data.tokenizers import train_tokenizer
-from gpt2_jax.tokenizers.tokenizer import SENTENCEPIECE_MODELS, tokenizer_hash
+from gpt2_jax.tokenizers.files import tokenizer_hash
+from gpt2_jax.tokenizers.train import SENTENCEPIECE_MODELS
 
 _PATH = flags.DEFINE_multi_string("path", None, "As of prepare_data.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)

@@ -12,7 +12,7 @@ from gpt2_jax.formats.names import their_name
 from gpt2_jax.formats.params import matrices
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.step import TrainState, gradients, train_step
 

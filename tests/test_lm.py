@@ -5,7 +5,8 @@ import pytest
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, NoTokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from shapes import TINY, random_params
 
 

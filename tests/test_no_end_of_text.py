@@ -11,7 +11,8 @@ from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.data.sft import read_examples
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizers.tokenizer import CharTokenizer, NoTokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.plain import CharTokenizer
 from gpt2_jax.training.config import EvalConfig
 from gpt2_jax.training.samples import check_sample, sample_text
 from shapes import TINY, random_params

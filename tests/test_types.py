@@ -15,17 +15,17 @@ import gpt2_jax
 from configs import default
 from gpt2_jax.checks import integer, number, token_ids
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.data.make_tokenizer import train_tokenizer
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.data.sft import check_template
-from gpt2_jax.data.tokenizers import train_tokenizer
 from gpt2_jax.decoding.options import INTEGERS, NUMBERS, Options
 from gpt2_jax.decoding.score import Row
 from gpt2_jax.evaluation.task_runs import evaluate_task
 from gpt2_jax.evaluation.tasks import Options as TaskOptions
-from gpt2_jax.formats.formats import convert
+from gpt2_jax.formats.convert import convert
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.evaluate import evaluate_run
 from gpt2_jax.training.train import train

@@ -10,7 +10,7 @@ import gpt2_jax
 from foreign import write_hf, write_nanogpt
 from gpt2_jax.data.foreign import tokenizer_of
 from gpt2_jax.data.prepare import load_index
-from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
 from gpt2_jax.training.evaluate import evaluate_run
 from gpt2_jax.training.train import train
 

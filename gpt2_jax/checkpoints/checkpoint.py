@@ -45,7 +45,8 @@ from gpt2_jax.layout import Params, unstack_layers
 from gpt2_jax.runtime import distributed
 from gpt2_jax.runtime.files import check_regular
 from gpt2_jax.runtime.units import size_of
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.files import tokenizer_hash
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 _ELSEWHERE = "another process can't read it"
 BEST = "best"

@@ -11,11 +11,8 @@ from gpt2_jax.checkpoints.retention import Saved, finite
 from gpt2_jax.checks import check_fields, one_line, shown
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.runtime.files import read_json
-from gpt2_jax.tokenizers.tokenizer import (
-    Tokenizer,
-    tokenizer_from_files,
-    tokenizer_hash,
-)
+from gpt2_jax.tokenizers.files import tokenizer_from_files, tokenizer_hash
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 FORMAT = 1
 VAL_LOSS = "val_loss"

@@ -16,7 +16,7 @@ from gpt2_jax.data.records import Records
 from gpt2_jax.data.shards import SPLITS
 from gpt2_jax.data.sources import Document
 from gpt2_jax.data.stored import Cursor
-from gpt2_jax.tokenizers.tokenizer import Tokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 BATCH_BYTES = 1 << 18  # of text that a thread encodes at a time, about
 

@@ -27,12 +27,9 @@ from gpt2_jax.data.shards import (
 from gpt2_jax.data.sources import is_remote
 from gpt2_jax.formats import nanogpt
 from gpt2_jax.runtime.files import check_regular, user_path
-from gpt2_jax.tokenizers.tokenizer import (
-    NoTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_hash,
-)
+from gpt2_jax.tokenizers.files import load_tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 MAGIC = {20240520: "uint16", 20240801: "uint32"}  # GPT-2's ids, Llama 3's
 HEADER_BYTES = 4 * 256

@@ -32,21 +32,17 @@ from tqdm import tqdm
 from gpt2_jax.checks import integer, items, number, shown
 from gpt2_jax.data import foreign, sources
 from gpt2_jax.data.encode import Counts, Job, encoded, make_plan
+from gpt2_jax.data.make_tokenizer import TOKENIZER_KINDS, build_tokenizer
 from gpt2_jax.data.partial_folder import PartialFolder, State, Writer, is_ours
 from gpt2_jax.data.records import Records
 from gpt2_jax.data.shards import MOST, SPLITS, VERSION, Index, dtype_for, read_index
 from gpt2_jax.data.sources import Document, Paths, is_remote
 from gpt2_jax.data.stored import Cursor
-from gpt2_jax.data.tokenizers import KINDS, build_tokenizer
 from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.runtime.files import user_path
-from gpt2_jax.tokenizers.tokenizer import (
-    NoTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_hash,
-)
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 COMMIT_SECONDS = 5.0  # of work that a kill can cost
 
@@ -77,7 +73,7 @@ def fingerprint(
 
 
 def tokenizer_fingerprint(tokenizer: str, vocab_size: int | None) -> dict[str, Any]:
-    if tokenizer not in KINDS:
+    if tokenizer not in TOKENIZER_KINDS:
         tokenizer = tokenizer_hash(load_tokenizer(tokenizer))
     return {"tokenizer": tokenizer, "vocab_size": vocab_size}
 
@@ -194,7 +190,7 @@ def prepare(
         raise ValueError(
             f"tokenizer={shown(tokenizer)} must be a tokenizer or its name"
         )
-    if isinstance(tokenizer, str) and tokenizer not in KINDS:
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZER_KINDS:
         tokenizer = build_tokenizer(tokenizer, vocab_size=vocab_size)
     given: list[str | Path | None] = [None]
     if path is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.data import foreign, sources
+from gpt2_jax.data.make_tokenizer import TOKENIZER_KINDS, build_tokenizer
 from gpt2_jax.data.partial_folder import write_json
 from gpt2_jax.data.prepare import (
     content_hash,
@@ -29,9 +30,9 @@ from gpt2_jax.data.prepare import (
 )
 from gpt2_jax.data.shards import Index
 from gpt2_jax.data.sources import is_remote
-from gpt2_jax.data.tokenizers import KINDS, build_tokenizer
 from gpt2_jax.runtime.files import read_json, user_path
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 PLACES = "data.json"  # of prepared folders elsewhere, in the run's folder
 ANOTHER = "choose another workdir, or give what this run began with"
@@ -308,7 +309,7 @@ def examples_tokenizer(kind: str, vocab_size: int | None, workdir: Path) -> Toke
             raise
         note(f"{error}: the run goes on with the tokenizer in {kept}")
         return load_tokenizer(kept)
-    if kind not in KINDS and not kept.exists():
+    if kind not in TOKENIZER_KINDS and not kept.exists():
         save_tokenizer(tokenizer, kept)
     return tokenizer
 

@@ -26,7 +26,8 @@ from gpt2_jax.data.records import Records, Row, text_of
 from gpt2_jax.data.shards import SPLITS
 from gpt2_jax.data.sources import documents, form_of
 from gpt2_jax.runtime.files import check_regular, user_path
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, end_of_text
+from gpt2_jax.tokenizers.boundaries import end_of_text
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 ASSISTANT = "assistant"
 CONTENT = "{content}"

@@ -10,7 +10,7 @@ import numpy as np
 from gpt2_jax.checks import one_line, shown
 from gpt2_jax.fields import check_names, check_range, check_types
 from gpt2_jax.runtime.files import read_json, user_path
-from gpt2_jax.tokenizers.tokenizer import files_hash
+from gpt2_jax.tokenizers.files import files_hash
 
 VERSION = 1
 SAMPLE = 1 << 20  # ids that tell a dtype, or are checked in one piece

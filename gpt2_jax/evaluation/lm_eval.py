@@ -30,7 +30,7 @@ from gpt2_jax.decoding.score import Row, Score, sliding_rows
 from gpt2_jax.lm import LanguageModel, load
 from gpt2_jax.runtime.sharding import make_mesh
 from gpt2_jax.runtime.xla_flags import set_flags
-from gpt2_jax.tokenizers.tokenizer import end_of_text
+from gpt2_jax.tokenizers.boundaries import end_of_text
 
 N_SLOTS = 8  # texts that are generated at a time
 

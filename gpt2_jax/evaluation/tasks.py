@@ -26,7 +26,8 @@ from gpt2_jax.decoding.detokenize import detokenize
 from gpt2_jax.decoding.score import Row, sliding_rows
 from gpt2_jax.fields import check_types
 from gpt2_jax.lm import LanguageModel
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, before_text
+from gpt2_jax.tokenizers.boundaries import before_text
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 T = TypeVar("T")
 TARGETS = ("word", "token")

@@ -18,23 +18,19 @@ from gpt2_jax.formats.tensors import Tensor
 from gpt2_jax.formats.torch_file import read_torch_file
 from gpt2_jax.layout import Params
 from gpt2_jax.runtime.files import check_regular, is_there, read_json
+from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
+from gpt2_jax.tokenizers.gpt2_files import BYTE_OF_CHARACTER
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
+from gpt2_jax.tokenizers.sentencepiece import SPACE_MARK, SentencePieceTokenizer
 from gpt2_jax.tokenizers.token_roles import (
     CONFIG,
+    END_OF_TEXT,
     GENERATION,
     ROLES,
     TOKENIZER_CONFIG,
     ids_of_model,
-)
-from gpt2_jax.tokenizers.tokenizer import (
-    BLANK,
-    BYTES,
-    END_OF_TEXT,
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    NoTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
 )
 
 # GPT2Config's fields that transformers knows by the same name.
@@ -405,15 +401,15 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     normalizer = pre_tokenizer = None
     decoder: dict[str, Any] = {"type": "Fuse"}
     if isinstance(tokenizer, ByteTokenizer):
-        model["vocab"] = dict(BYTES)
+        model["vocab"] = dict(BYTE_OF_CHARACTER)
         pre_tokenizer = decoder = byte_level
     elif isinstance(tokenizer, CharTokenizer):
         model["vocab"] = {c: i for i, c in enumerate(tokenizer.characters)}
     elif isinstance(tokenizer, SentencePieceTokenizer):
         vocab, merges = tokenizer.bpe()
         model |= {"vocab": vocab, "merges": merges, "byte_fallback": True}
-        normalizer = _replace(" ", BLANK)
-        parts = [_replace(BLANK, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+        normalizer = _replace(" ", SPACE_MARK)
+        parts = [_replace(SPACE_MARK, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
         decoder = {"type": "Sequence", "decoders": parts}
     else:
         raise ValueError(f"transformers has no tokenizer of kind {tokenizer.kind!r}")

@@ -12,7 +12,7 @@ from gpt2_jax.formats.pickles import read_plain_pickle
 from gpt2_jax.formats.tensors import Tensor
 from gpt2_jax.formats.torch_file import read_torch_file
 from gpt2_jax.runtime.files import is_there, read_json
-from gpt2_jax.tokenizers.tokenizer import CharTokenizer
+from gpt2_jax.tokenizers.plain import CharTokenizer
 
 
 def read(path: Path) -> tuple[GPT2Config, dict[str, Tensor]]:

@@ -1,1 +1,1 @@
-"""Text to ids and back."""
+"""Text <-> token ids: byte-level BPE, SentencePiece, characters, bytes."""

@@ -18,12 +18,13 @@ from gpt2_jax.data.run_data import kept_examples, run_folders
 from gpt2_jax.data.sft import sft_splits
 from gpt2_jax.decoding.weights import INT8, check_dtype, model_of, quantize
 from gpt2_jax.fields import check_range
-from gpt2_jax.formats.formats import open_model
+from gpt2_jax.formats.open_model import open_model
 from gpt2_jax.layout import Params
 from gpt2_jax.model import GPT2, abstract_params
 from gpt2_jax.runtime import sharding
 from gpt2_jax.runtime.files import user_path
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.files import tokenizer_hash
+from gpt2_jax.tokenizers.protocol import Tokenizer
 from gpt2_jax.training.batches import in_order
 from gpt2_jax.training.step import eval_step
 

@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 
 from gpt2_jax.checkpoints.integrity import params_hash
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.formats.formats import Source, open_model
+from gpt2_jax.formats.open_model import Source, open_model
 from gpt2_jax.layout import Params
 from gpt2_jax.model import GPT2, abstract_params
 from gpt2_jax.runtime import sharding
 from gpt2_jax.runtime.files import user_path
-from gpt2_jax.tokenizers.tokenizer import NoTokenizer, Tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.files import tokenizer_hash
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
 
 def open_base(init_from: str) -> Source:

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from gpt2_jax.cache import KVCache
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.fields import check_range
-from gpt2_jax.formats.formats import open_model
+from gpt2_jax.formats.open_model import open_model
 from gpt2_jax.layout import count_params
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import STAND_IN, Platform, attention_backend
@@ -36,7 +36,8 @@ from gpt2_jax.runtime import sharding
 from gpt2_jax.runtime.chips import Chip
 from gpt2_jax.runtime.platform import traced_for
 from gpt2_jax.runtime.units import size_of, time_of
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, NoTokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from gpt2_jax.training import metrics
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.optim import Optimizer, make_optimizer

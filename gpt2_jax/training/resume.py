@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from gpt2_jax.checkpoints import checkpoint
 from gpt2_jax.model import GPT2
 from gpt2_jax.runtime.notes import note_once
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.files import tokenizer_hash
+from gpt2_jax.tokenizers.protocol import Tokenizer
 from gpt2_jax.training import optim
 from gpt2_jax.training.config import Position, TrainConfig, changes, plain
 from gpt2_jax.training.early_stopping import Best

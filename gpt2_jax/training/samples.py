@@ -12,12 +12,9 @@ from gpt2_jax.decoding.requests import Request, check_request
 from gpt2_jax.layout import Params, unstack_layers
 from gpt2_jax.model import GPT2
 from gpt2_jax.runtime import distributed, sharding
-from gpt2_jax.tokenizers.tokenizer import (
-    NoTokenizer,
-    Tokenizer,
-    as_trained,
-    encode_prompt,
-)
+from gpt2_jax.tokenizers.boundaries import as_trained, encode_prompt
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 from gpt2_jax.training.config import EvalConfig
 
 

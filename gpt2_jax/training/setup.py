@@ -19,13 +19,14 @@ from gpt2_jax.data.run_data import (
     run_folders,
 )
 from gpt2_jax.data.sft import sft_splits
-from gpt2_jax.formats.formats import Source, load_base
+from gpt2_jax.formats.open_model import Source, load_base
 from gpt2_jax.layout import dtype_named, stack_layers
 from gpt2_jax.model import GPT2, abstract_params
 from gpt2_jax.runtime import distributed, sharding
 from gpt2_jax.runtime.notes import note_once
 from gpt2_jax.runtime.platform import on_cpu, on_gpu
-from gpt2_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 from gpt2_jax.training import finetune
 from gpt2_jax.training.config import BEGINNING, Position, TrainConfig, changes
 from gpt2_jax.training.early_stopping import Best

@@ -22,7 +22,7 @@ from gpt2_jax.checkpoints.checkpoint import (
 from gpt2_jax.checkpoints.integrity import digest
 from gpt2_jax.model import GPT2
 from gpt2_jax.runtime.sharding import make_mesh
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.step import TrainState, abstract_state, stack_state
 from shapes import TINY

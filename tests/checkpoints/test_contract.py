@@ -14,7 +14,8 @@ from gpt2_jax.checkpoints.contract import (
     read_contract,
 )
 from gpt2_jax.checkpoints.integrity import digest
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.files import tokenizer_hash
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from shapes import TINY
 
 TOKENIZER = ByteTokenizer()

@@ -11,7 +11,8 @@ from gpt2_jax.data.foreign import is_foreign
 from gpt2_jax.data.loader import TokenDataset
 from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.data.run_data import prepared_folder
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
+from gpt2_jax.tokenizers.files import save_tokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
 IDS = np.arange(1000) % 257
 

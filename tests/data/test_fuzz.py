@@ -20,7 +20,7 @@ from gpt2_jax.data.sft import read_examples
 from gpt2_jax.data.shards import read_index
 from gpt2_jax.data.sources import documents
 from gpt2_jax.evaluation.tasks import TASKS, Options, Reader
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from gpt2_jax.training.config import TrainConfig
 
 BYTES = ByteTokenizer()

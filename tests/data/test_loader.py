@@ -15,7 +15,7 @@ from gpt2_jax.data.loader import (
     windows_per_epoch,
 )
 from gpt2_jax.data.prepare import prepare
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, CharTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
 
 class CountTokenizer(ByteTokenizer):

@@ -13,17 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_jax.data import sources, tokenizers
+from gpt2_jax.data import make_tokenizer, sources
+from gpt2_jax.data.make_tokenizer import build_tokenizer
 from gpt2_jax.data.prepare import fingerprint, load_index, prepare
 from gpt2_jax.data.run_data import prepared_folder
-from gpt2_jax.data.tokenizers import build_tokenizer
-from gpt2_jax.tokenizers.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_hash,
-)
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer, tokenizer_hash
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
 EOT = 256  # of ByteTokenizer
 
@@ -210,7 +205,7 @@ def test_a_killed_preparation_is_not_taken_for_a_finished_one(tmp_path: Path):
     program = """
 import sys, time
 from gpt2_jax.data.prepare import prepare
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 def progress(*_):
     print("going", flush=True)
     time.sleep(60)
@@ -377,6 +372,6 @@ def test_tokenizers_are_built(book: Path, tmp_path: Path):
 def test_sentencepiece_sees_only_the_first_text(tmp_path: Path, monkeypatch):
     folder_of_files(tmp_path / "in", 3)
     (tmp_path / "in" / "99.txt").write_bytes(b"\xff")  # would be refused
-    monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 40)
+    monkeypatch.setattr(make_tokenizer, "TRAINING_BYTES", 40)
     tokenizer = build_tokenizer("sentencepiece", tmp_path / "in", 275)
     assert tokenizer.vocab_size == 275

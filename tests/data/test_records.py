@@ -19,7 +19,8 @@ from gpt2_jax.data import prepare as module
 from gpt2_jax.data.prepare import load_index, prepare
 from gpt2_jax.data.sources import documents, split_paths
 from gpt2_jax.data.stored import Cursor
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
+from gpt2_jax.tokenizers.files import save_tokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {n}: " + "é🙂\n" * (n % 7) for n in range(300)]
@@ -239,7 +240,7 @@ def test_names_of_data_sets(tmp_path, monkeypatch):
 
 
 def test_unknown_tokens_are_counted(tmp_path):
-    from gpt2_jax.tokenizers.tokenizer import train_sentencepiece
+    from gpt2_jax.tokenizers.train import train_sentencepiece
 
     tokenizer = train_sentencepiece(
         ["abc abc\n"] * 50, 6, model_type="char", byte_fallback=False

@@ -12,13 +12,13 @@ import pytest
 
 from gpt2_jax.data import encode, sources
 from gpt2_jax.data.prepare import load_index, prepare
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 
 # Commits after each shard, and a slow tokenizer: there is time to be killed in.
 PROGRAM = """
 import sys, time
 from gpt2_jax.data import encode, prepare as module
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 
 class Slow(ByteTokenizer):
     def encode(self, text):

@@ -15,7 +15,8 @@ from gpt2_jax.data.run_data import (
     run_examples,
     run_folders,
 )
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
+from gpt2_jax.tokenizers.files import save_tokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
 TEXT = "to be or not to be, that is the question\n" * 20
 ASKED = {"tokenizer": "bytes", "vocab_size": None, "splits": (0.8, 0.1, 0.1)}

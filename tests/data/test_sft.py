@@ -14,7 +14,7 @@ from gpt2_jax.data.sft import (
     read_examples,
     split_examples,
 )
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 
 BYTES = ByteTokenizer()
 EOT = BYTES.eot_id

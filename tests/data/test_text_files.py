@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from gpt2_jax.data import stored
+from gpt2_jax.data.make_tokenizer import build_tokenizer
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.data.sft import read_examples
 from gpt2_jax.data.sources import Document, documents, streams_stored, text_files
-from gpt2_jax.data.tokenizers import build_tokenizer
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 
 ROW = '{"text": "caf\u00e9\u2028x"}\n'
 

@@ -12,7 +12,7 @@ import plain_decoding as plain
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizers.tokenizer import _TableTokenizer
+from gpt2_jax.tokenizers.table import TableTokenizer
 from shapes import random_params
 
 WORDS = [" ", "a", "b", "c", "d", "\n", "ab", "ba", "abc", "cab", "dd", "bb", " a"]
@@ -20,7 +20,7 @@ WORDS += [" b", " c", "a b", "b\n", "\n\n", "\na", "d ", "e"]
 WORDS = [w.encode() for w in WORDS] + [b"\xc3", b"\xa9", "é".encode(), "aé".encode()]
 
 
-class Words(_TableTokenizer):
+class Words(TableTokenizer):
     """Longest match first, so that ids and text have other borders than characters."""
 
     kind = "words"

@@ -12,7 +12,7 @@ from gpt2_jax.decoding.weights import quantize
 from gpt2_jax.lm import LanguageModel
 from gpt2_jax.model import GPT2
 from gpt2_jax.runtime.sharding import make_mesh, tree_shardings
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, CharTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from shapes import TINY, random_params
 
 CFG = GPT2Config.from_dict({**TINY.__dict__, "vocab_size": 264})  # 257, padded

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.decoding.text import TextStream, completing_tokens
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 
 BYTES = ByteTokenizer().token_bytes
 # tokens that straddle what they are compared with

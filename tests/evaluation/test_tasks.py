@@ -12,7 +12,7 @@ from gpt2_jax.evaluation.task_runs import evaluate_task, run
 from gpt2_jax.evaluation.tasks import TASKS, Options, prepare
 from gpt2_jax.formats import hf
 from gpt2_jax.lm import LanguageModel, load
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from shapes import TINY, random_params
 
 CFG = GPT2Config.from_dict({**TINY.__dict__, "vocab_size": 257, "n_positions": 128})

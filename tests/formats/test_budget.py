@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from foreign import write_hf, write_llmc, write_nanogpt, write_sharded
-from gpt2_jax.formats.formats import open_model
-from gpt2_jax.tokenizers.tokenizer import BYTES
+from gpt2_jax.formats.open_model import open_model
+from gpt2_jax.tokenizers.gpt2_files import BYTE_OF_CHARACTER
 from tensorflow_files import block_of, table
 
 MEMORY, SECONDS, MESSAGE = 64 << 20, 5, 300  # and 8 bytes, 1e-7 s for each byte
@@ -266,7 +266,8 @@ def other_files(folder: Path) -> Iterator[Path]:
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
-    vocab, tokens = json.dumps(BYTES), {f"x{i}": {"content": f"x{i}"} for i in range(N)}
+    vocab = json.dumps(BYTE_OF_CHARACTER)
+    tokens = {f"x{i}": {"content": f"x{i}"} for i in range(N)}
     two = {"vocab.json": vocab.encode(), "merges.txt": b""}
     ids = json.dumps({name: 300 + i for i, name in enumerate(tokens)}).encode()
     listed = json.dumps({"added_tokens_decoder": {k[1:]: v for k, v in tokens.items()}})

@@ -19,9 +19,9 @@ from foreign import (
     write_sharded,
     write_torch,
 )
-from gpt2_jax.formats.formats import Source, open_model
 from gpt2_jax.formats.nanogpt import is_nanogpt
-from gpt2_jax.tokenizers.tokenizer import NoTokenizer
+from gpt2_jax.formats.open_model import Source, open_model
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
 
 
 def opens(path: Path | str, *, activation: str = "gelu_new") -> Source:

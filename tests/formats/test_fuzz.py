@@ -31,9 +31,11 @@ from foreign import (
     write_nanogpt,
     write_sharded,
 )
-from gpt2_jax.formats import formats, hf, nanogpt
+from gpt2_jax.formats import hf, nanogpt, open_model
 from gpt2_jax.formats.params import check_tensors
-from gpt2_jax.tokenizers.tokenizer import BYTES, ByteTokenizer, train_sentencepiece
+from gpt2_jax.tokenizers.gpt2_files import BYTE_OF_CHARACTER
+from gpt2_jax.tokenizers.plain import ByteTokenizer
+from gpt2_jax.tokenizers.train import train_sentencepiece
 from tensorflow_files import write_tf
 
 CASES = 1000
@@ -72,7 +74,7 @@ def write_with(folder: Path, files: dict[str, bytes]) -> Path:
 
 def two_files() -> dict[str, bytes]:
     """vocab.json, merges.txt, and what may be beside them."""
-    vocab = {**BYTES, "th": 256, "the": 257, "<|endoftext|>": 258}
+    vocab = {**BYTE_OF_CHARACTER, "th": 256, "the": 257, "<|endoftext|>": 258}
     end = {"content": "<|endoftext|>", "special": True, "lstrip": False}
     return {
         "vocab.json": json.dumps(vocab).encode(),
@@ -209,7 +211,7 @@ def text_of(path: Path) -> str | None:
     if any(path.glob("meta.*")):
         nanogpt.tokenizer_beside(path / "ckpt.pt")
         return None
-    return getattr(formats.open_model(path).tokenizer, "why", None)
+    return getattr(open_model.open_model(path).tokenizer, "why", None)
 
 
 def is_one_line(message: str, folder: Path) -> bool:
@@ -221,7 +223,7 @@ def is_one_line(message: str, folder: Path) -> bool:
 def test_changed_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
-    monkeypatch.setattr(formats, "check_tensors", read_all)
+    monkeypatch.setattr(open_model, "check_tensors", read_all)
     write, patterns = READERS[reader]
     path = write(tmp_path / "model")
     of_text = text_of(path) is None

@@ -11,14 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 import gpt2_jax
 from gpt2_jax.formats import hf
-from gpt2_jax.formats.formats import convert, open_model
+from gpt2_jax.formats.convert import convert
+from gpt2_jax.formats.open_model import open_model
 from gpt2_jax.formats.params import matrices
-from gpt2_jax.tokenizers.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    NoTokenizer,
-    train_sentencepiece,
-)
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from gpt2_jax.tokenizers.sentencepiece import SentencePieceTokenizer
+from gpt2_jax.tokenizers.train import train_sentencepiece
 from shapes import TINY, random_params
 
 PARAMS = random_params(TINY, 0.2)
@@ -120,7 +119,7 @@ def test_a_tokenizer_that_the_format_cannot_hold(tmp_path):
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    tokenizer = gpt2_jax.tokenizers.tokenizer.SentencePieceTokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
     with pytest.raises(ValueError, match="is no plain BPE"):
         hf.tokenizer_files(tokenizer, 64)
 

@@ -19,7 +19,8 @@ from foreign import (
     write_torch,
 )
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.tokenizers.tokenizer import CharTokenizer, NoTokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.plain import CharTokenizer
 
 CHARACTERS = "\n !abcdefghijklm"  # 16: the model has one id more
 

@@ -15,7 +15,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.corpus import default_corpus
 from gpt2_jax.decoding.detokenize import detokenize
 from gpt2_jax.formats import hf
-from gpt2_jax.tokenizers.tokenizer import load_tokenizer
+from gpt2_jax.tokenizers.files import load_tokenizer
 from shapes import random_params
 
 torch = pytest.importorskip("torch")

@@ -11,7 +11,7 @@ from gpt2_jax.evaluation.task_runs import evaluate_task
 from gpt2_jax.evaluation.tasks import Options
 from gpt2_jax.formats import hf
 from gpt2_jax.lm import load
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from shapes import random_params
 
 torch = pytest.importorskip("torch")

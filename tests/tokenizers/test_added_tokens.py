@@ -9,14 +9,14 @@ import pytest
 
 import tokenizers
 from gpt2_jax.tokenizers.added_tokens import AddedToken, AddedTokens
-from gpt2_jax.tokenizers.tokenizer import (
-    BYTES,
-    GPT2Tokenizer,
+from gpt2_jax.tokenizers.files import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_from_files,
     tokenizer_hash,
 )
+from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
+from gpt2_jax.tokenizers.gpt2_files import BYTE_OF_CHARACTER
 
 END = "<|endoftext|>"
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the")]
@@ -44,7 +44,7 @@ CONTENTS += ["<|im_start|>", "<|im", "|>", "ⓐ", "\u3000", "1", "19", "_", "\n"
 
 
 def vocabulary() -> dict[str, int]:
-    vocab = {c: i for i, c in enumerate(BYTES)}
+    vocab = {c: i for i, c in enumerate(BYTE_OF_CHARACTER)}
     for left, right in MERGES:
         vocab[left + right] = len(vocab)
     return vocab | {END: len(vocab)}
@@ -223,7 +223,7 @@ ROBERTA = {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 259]}
     ],
 )
 def test_what_a_template_puts_before_a_text_begins_prompts(processor, begins):
-    from gpt2_jax.tokenizers.tokenizer import encode_prompt
+    from gpt2_jax.tokenizers.boundaries import encode_prompt
 
     file = tokenizer_json([ENTRY], post_processor=processor)
     tokenizer = GPT2Tokenizer({"tokenizer.json": file})

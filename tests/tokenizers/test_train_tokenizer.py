@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_tokenizer import PROSE, random_texts
 
-from gpt2_jax.data.tokenizers import sample, train_tokenizer
-from gpt2_jax.tokenizers.tokenizer import load_tokenizer, tokenizer_hash
+from gpt2_jax.data.make_tokenizer import sample, train_tokenizer
+from gpt2_jax.tokenizers.files import load_tokenizer, tokenizer_hash
 
 SPECIAL = ("<|user|>", "<|assistant|>")
 CHINESE = "床前明月光疑是地上霜。举头望明月低头思故乡。\n春眠不觉晓处处闻啼鸟。\n" * 20

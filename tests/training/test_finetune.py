@@ -12,14 +12,12 @@ from test_train import config
 import gpt2_jax
 from gpt2_jax.checkpoints import checkpoint
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.formats.formats import Source, convert
+from gpt2_jax.formats.convert import convert
+from gpt2_jax.formats.open_model import Source
 from gpt2_jax.runtime.sharding import make_mesh
-from gpt2_jax.tokenizers.tokenizer import (
-    BYTES,
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-)
+from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
+from gpt2_jax.tokenizers.gpt2_files import BYTE_OF_CHARACTER
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from gpt2_jax.training.evaluate import evaluate_run
 from gpt2_jax.training.finetune import check_tokenizer, load_params, resized
 from gpt2_jax.training.records import read_metrics
@@ -136,7 +134,7 @@ def test_new_rows_are_the_mean_and_new_positions_drawn():
 
 def gpt2_tokenizer(*special: str) -> GPT2Tokenizer:
     """All bytes, no merge, end of text, and special tokens."""
-    names = [*BYTES, "<|endoftext|>", *special]
+    names = [*BYTE_OF_CHARACTER, "<|endoftext|>", *special]
     vocab = json.dumps({name: i for i, name in enumerate(names)}).encode()
     return GPT2Tokenizer({"vocab.json": vocab, "merges.txt": b"#version: 0.2\n"})
 

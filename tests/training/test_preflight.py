@@ -17,7 +17,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.runtime.chips import Chip, chip_named
 from gpt2_jax.runtime.platform import on_cpu
 from gpt2_jax.runtime.sharding import make_mesh
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from gpt2_jax.training import preflight
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.preflight import (

@@ -14,7 +14,7 @@ from gpt2_jax.model import abstract_params
 from gpt2_jax.runtime.lock import Lock
 from gpt2_jax.runtime.platform import traced_for
 from gpt2_jax.runtime.sharding import make_mesh, tree_shardings
-from gpt2_jax.tokenizers.tokenizer import ByteTokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer
 from gpt2_jax.training import setup
 from gpt2_jax.training.batches import global_batch
 from gpt2_jax.training.config import Position, TrainConfig, changes, plain

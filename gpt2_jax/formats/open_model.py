@@ -1,8 +1,7 @@
-"""What a path or a name stands for: one `Source`, whoever wrote it."""
+"""Tells the formats of models apart: a path or a name becomes one `Source`."""
 
 import dataclasses
 import os
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gpt2_jax.checkpoints import checkpoint
 from gpt2_jax.checkpoints.checkpoint import Contract
 from gpt2_jax.checkpoints.integrity import params_hash
-from gpt2_jax.checks import check_choice, check_text, integer, one_line
+from gpt2_jax.checks import check_text, integer, one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.formats import hf, llmc, nanogpt, openai_tf
 from gpt2_jax.formats.params import check_tensors, load_params
 from gpt2_jax.formats.safetensors_file import SUFFIX, is_safetensors
 from gpt2_jax.formats.tensors import Tensor
 from gpt2_jax.formats.torch_file import is_torch_file, read_torch_file
-from gpt2_jax.layout import Params, dtype_named
+from gpt2_jax.layout import Params
 from gpt2_jax.lora import LoraConfig, init_adapters, merged
 from gpt2_jax.model import abstract_params
 from gpt2_jax.runtime.files import check_regular, is_there, user_path
-from gpt2_jax.runtime.partial import appears_whole
-from gpt2_jax.runtime.sharding import on_device
-from gpt2_jax.tokenizers.tokenizer import (
-    GPT2Tokenizer,
-    NoTokenizer,
-    Tokenizer,
-    as_trained,
-    load_tokenizer,
-)
+from gpt2_jax.tokenizers.boundaries import as_trained
+from gpt2_jax.tokenizers.files import load_tokenizer
+from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
+from gpt2_jax.tokenizers.no_tokenizer import NoTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
 
-EXPECTED = (
+EXPECTED_MODELS = (
     "a run's folder, a Hugging Face folder or hub name, an OpenAI checkpoint folder, a "
     "nanoGPT ckpt.pt, an llm.c .bin, or a file of weights with config.json beside it"
 )
-FORMATS = ("hf", "safetensors", "llmc", "orbax")  # that `convert` writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +41,13 @@ class Source:
     """A model that has been opened, with none of its numbers read yet.
 
     Attributes:
-      load: (dtype, tree of shardings) -> parameters, one tensor at a time.
-      step: of a run's checkpoint; None for others.
-      summary: of its training, where that is known.
-      n_rows: of the embedding, those that had a part in the training; further ones are
-        padding, which another program would draw.
-      settings: name -> content, of a Hugging Face folder's files that say more of
-        tokens and generation than is used here.
+      load: (dtype, tree of shardings) -> parameters, read one tensor at a time.
+      step: the step of a run's checkpoint; None for other formats.
+      summary: facts of the training, as far as they are known.
+      n_rows: the number of rows of the embedding that took part in the training; the
+        others are padding, which another program could sample.
+      settings: name -> content of the files in a Hugging Face folder that hold more
+        about tokens and generation than is used here.
     """
 
     config: GPT2Config
@@ -68,10 +62,10 @@ class Source:
 def open_model(
     model: str | Path, *, step: int | str | None = None, revision: str | None = None
 ) -> Source:
-    """Finds out what `model` is; arguments and errors as of `lm.load`.
+    """Opens the model at a path or on the hub; arguments and errors as in `lm.load`.
 
-    What stands in a folder decides, so that a folder of another program may lie beside
-    a model's files. A folder with two models in it is refused.
+    The contents of a folder decide its format, so folders of other programs may lie
+    beside a model's files. A folder that holds two models is refused.
     """
     if revision is not None:
         check_text("revision", revision)
@@ -79,13 +73,13 @@ def open_model(
         step = integer("step", step)
     path = user_path(model)
     if not path.exists() and openai_tf.index_of(path):
-        return _openai(path.parent, openai_tf.index_of(path))
+        return _open_tf_checkpoint(path.parent, openai_tf.index_of(path))
     if not os.path.lexists(path) and step is None and hf.is_hub_name(str(model)):
         path = hf.download(str(model), revision)
     if not path.is_dir():
-        return _file(path, step)
+        return _open_file(path, step)
     kinds = {name: opens for name, (holds, opens) in _FOLDERS.items() if holds(path)}
-    if step is not None:  # which the other formats don't have
+    if step is not None:  # the other formats have no steps
         kinds = {name: kinds[name] for name in (_RUN, _TF) if name in kinds}
     if len(kinds) > 1:
         raise ValueError(
@@ -94,8 +88,8 @@ def open_model(
     for opens in kinds.values():
         return opens(path, step)
     if step is not None or any((path / part).exists() for part in _PARTS_OF_A_RUN):
-        return _run(path, step)  # whose error says what is missing
-    raise FileNotFoundError(f"{path} holds no model: expected {EXPECTED}")
+        return _open_run(path, step)  # raises an error that names what is missing
+    raise FileNotFoundError(f"{path} holds no model: expected {EXPECTED_MODELS}")
 
 
 _RUN, _TF = "a run's checkpoints", "an OpenAI checkpoint"
@@ -103,68 +97,70 @@ _PARTS_OF_A_RUN = ("checkpoints", "metrics.jsonl", "meta")
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether there are steps in it, or it is one."""
+    """Whether the folder holds steps of a run, or is one."""
     steps = folder / "checkpoints"
     if steps.is_dir() and any(p.name.isdecimal() for p in steps.iterdir()):
         return True
     return all((folder / part).is_dir() for part in ("meta", "tokenizer"))
 
 
-def _openai(folder: Path, step: int | str | Path | None) -> Source:
-    return _foreign(folder, *openai_tf.read(folder, step), _tokenizer_beside(folder))
+def _open_tf_checkpoint(folder: Path, step: int | str | Path | None) -> Source:
+    return _build_source(
+        folder, *openai_tf.read(folder, step), _tokenizer_beside(folder)
+    )
 
 
-# What a folder may hold, how that is known, and what opens it.
+# The models that a folder may hold: name -> (whether it does, how to open it).
 _FOLDERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, Any], Source]]] = {
-    _RUN: (_is_run, lambda path, step: _run(path, step)),
+    _RUN: (_is_run, lambda path, step: _open_run(path, step)),
     "a Hugging Face model": (
         hf.is_hf_folder,
-        lambda path, _: _foreign(path, *hf.read(path), _tokenizer_beside(path)),
+        lambda path, _: _build_source(path, *hf.read(path), _tokenizer_beside(path)),
     ),
-    _TF: (openai_tf.is_tf_folder, _openai),
+    _TF: (openai_tf.is_tf_folder, _open_tf_checkpoint),
     "a nanoGPT checkpoint": (
         lambda path: is_there(path / "ckpt.pt"),
-        lambda path, _: _file(path / "ckpt.pt", None),
+        lambda path, _: _open_file(path / "ckpt.pt", None),
     ),
 }
 
 
-def _file(path: Path, step: int | str | None) -> Source:
-    """A model whose file of weights was named."""
+def _open_file(path: Path, step: int | str | None) -> Source:
+    """Opens a model by the path of its file of weights."""
     if step is not None:
         raise FileNotFoundError(f"no checkpoint in {path}: no folder")
     if not os.path.lexists(path):
         raise FileNotFoundError(f"no such file or folder: {path}")
     check_regular(path)
     if path.is_symlink() and not is_there(path.with_name("config.json")):
-        path = path.resolve()  # what belongs to it lies there
+        path = path.resolve()  # config and tokenizer lie beside the target
     folder = path.parent
     if path.name.endswith(openai_tf.INDEX) and is_there(folder / openai_tf.HPARAMS):
-        return _openai(folder, path)
+        return _open_tf_checkpoint(folder, path)
     if llmc.is_llmc_file(path):
-        return _foreign(path, *llmc.read(path), _tokenizer_beside(folder))
+        return _build_source(path, *llmc.read(path), _tokenizer_beside(folder))
     suffix = path.suffix.lower()
     if path.name.endswith(hf.INDEX) or suffix == SUFFIX or is_safetensors(path):
-        return _weights(path)
+        return _open_hf_weights(path)
     if not is_torch_file(path) and suffix not in (".pt", ".pth"):
-        raise ValueError(f"{path} is no model: expected {EXPECTED}")
+        raise ValueError(f"{path} is no model: expected {EXPECTED_MODELS}")
     tree = read_torch_file(path)
     if not nanogpt.is_nanogpt(tree) and is_there(folder / "config.json"):
-        return _weights(path)
+        return _open_hf_weights(path)
     opened = nanogpt.from_tree(tree, path)
     tokenizer = _tokenizer_beside(folder, of_nanogpt=True)
-    return _foreign(path, *opened, tokenizer)
+    return _build_source(path, *opened, tokenizer)
 
 
-def _weights(path: Path) -> Source:
-    """A file of Hugging Face's, whose config is beside it."""
+def _open_hf_weights(path: Path) -> Source:
+    """Opens a file of weights by Hugging Face, with config.json beside it."""
     folder = path.parent
     if not is_there(folder / "config.json"):
         raise FileNotFoundError(f"{path} has no config.json beside it")
-    return _foreign(folder, *hf.read(folder, path), _tokenizer_beside(folder))
+    return _build_source(folder, *hf.read(folder, path), _tokenizer_beside(folder))
 
 
-def _run(path: Path, step: int | str | None) -> Source:
+def _open_run(path: Path, step: int | str | None) -> Source:
     folder = checkpoint.find_step(path, step)
     contract = checkpoint.read_contract(folder)
 
@@ -208,53 +204,56 @@ def _load_adapted(folder: Path, contract: Contract, shardings: Any) -> Params:
     shapes = jax.eval_shape(
         lambda: init_adapters(lora, contract.model, jax.random.key(0))
     )
-    place = jax.tree.leaves(shardings)[0]
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec())
-    places = jax.tree.map(lambda _: place, shapes)
-    adapters = _restore(folder, contract, shapes, places)
+    sharding = jax.tree.leaves(shardings)[0]
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    replicated = jax.tree.map(lambda _: sharding, shapes)
+    adapters = _restore(folder, contract, shapes, replicated)
     what = f"checkpoint {folder} holds adapters of"
     base = load_base(contract.base, shardings, what, folder.parent.parent)
     return merged(base, adapters, lora)
 
 
 def load_base(
-    said: Mapping[str, Any],
+    base: Mapping[str, Any],
     shardings: Any,
     what: str,
     workdir: Path,
     init_from: str = "",
 ) -> Params:
-    """The parameters that adapters belong to, float32.
+    """Loads the parameters that adapters were trained on, in float32.
 
     Args:
-      said: as of `checkpoint.Contract.base`.
-      what: begins an error's text.
-      workdir: of the adapters; where both were moved, the base is found from there.
+      base: the base in the adapters' contract, `checkpoint.Contract.base`.
+      shardings: tree of the parameters' shardings.
+      what: the beginning of an error message.
+      workdir: the folder of the adapters' run; when it was moved together with the
+        base, the base is found relative to it.
       init_from: another place where the base may be.
 
     Raises:
-      ValueError: when they are not there, or no longer what they were.
+      ValueError: when the base is missing, or its parameters have changed.
     """
-    beside = str(workdir / said["beside"]) if said.get("beside") else ""
+    beside = str(workdir / base["beside"]) if base.get("beside") else ""
     why = ""
-    for place in filter(None, dict.fromkeys([said["model"], beside, init_from])):
+    for place in filter(None, dict.fromkeys([base["model"], beside, init_from])):
         try:
-            source = open_model(place, step=said["step"])
+            source = open_model(place, step=base["step"])
         except (ValueError, OSError) as error:
             why = why or f": {error}"
             continue
         params = source.load(jnp.float32, shardings)
-        if params_hash(params) == said["sha256"]:
+        if params_hash(params) == base["sha256"]:
             return params
         why = why or ", whose parameters are others now"
-    raise ValueError(f"{what} {said['model']}{why}")
+    raise ValueError(f"{what} {base['model']}{why}")
 
 
-def _foreign(
+def _build_source(
     path: Path, cfg: GPT2Config, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> Source:
-    tokenizer = _fitted(tokenizer, cfg, path)
+    """Returns the source of another program's model, with its tensors checked."""
+    tokenizer = _fit_tokenizer(tokenizer, cfg, path)
     check_tensors(cfg, tensors, path)
 
     def load(dtype: Any, shardings: Any) -> Params:
@@ -265,7 +264,7 @@ def _foreign(
 
 
 def _tokenizer_beside(folder: Path, *, of_nanogpt: bool = False) -> Tokenizer:
-    """The tokenizer in a folder; one that can't be read forbids text, not the model."""
+    """Loads the tokenizer in a folder; without one, the model takes token ids only."""
     try:
         table = nanogpt.tokenizer_beside(folder / "ckpt.pt") if of_nanogpt else None
         return table or load_tokenizer(folder)
@@ -273,8 +272,8 @@ def _tokenizer_beside(folder: Path, *, of_nanogpt: bool = False) -> Tokenizer:
         return NoTokenizer(0, None, one_line(error))
 
 
-def _fitted(tokenizer: Tokenizer, cfg: GPT2Config, path: Path) -> Tokenizer:
-    """The tokenizer as far as the model has rows for its ids."""
+def _fit_tokenizer(tokenizer: Tokenizer, cfg: GPT2Config, path: Path) -> Tokenizer:
+    """Returns the tokenizer without the ids for which the model has no rows."""
     rows = cfg.vocab_size
     if tokenizer.vocab_size > rows:
         n = tokenizer.vocab_size
@@ -290,80 +289,3 @@ def _fitted(tokenizer: Tokenizer, cfg: GPT2Config, path: Path) -> Tokenizer:
         ends = tuple(i for i in ends if i < rows)
         return NoTokenizer(rows, next(iter(ends), None), tokenizer.why, ends)
     return tokenizer
-
-
-def convert(
-    model: str | Path,
-    to: str,
-    out: str | Path,
-    *,
-    step: int | str | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Writes a model, whoever wrote it, in another format.
-
-    Args:
-      model, step, revision: as for `lm.load`.
-      to: hf, a folder for transformers; safetensors, its weights and config alone;
-        llmc, a file for llm.c; orbax, a folder that `lm.load` and a partial restore
-        take, with the parameters and no optimizer state.
-      out: a folder, or llm.c's file; it appears whole or not at all.
-      dtype: float32 or bfloat16, of what is written (orbax: float32 only).
-      max_shard_bytes: of hf's files.
-
-    Raises:
-      FileExistsError: when `out` is there already.
-      ValueError: on what the format can't hold, naming it; and as `lm.load`.
-    """
-    check_choice("to", to, FORMATS)
-    dtype_named(dtype)
-    if to == "orbax" and dtype != "float32":
-        raise ValueError(f"orbax checkpoints are float32 here, not {dtype}")
-    if integer("max_shard_bytes", max_shard_bytes) < 1:
-        raise ValueError(f"{max_shard_bytes=} must be >= 1")
-    out = user_path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already")
-    source = open_model(model, step=step, revision=revision)
-    places = on_device(abstract_params(source.config), jax.devices("cpu")[0])
-    params = source.load(jnp.float32, places)
-    cfg = source.config
-    if to != "orbax" and source.n_rows is not None:
-        cfg = dataclasses.replace(cfg, vocab_size=source.n_rows)
-    with appears_whole(out) as partial:
-        if to == "llmc":
-            llmc.write(partial, cfg, params, dtype=dtype)
-        else:
-            partial.mkdir()
-        if to in ("hf", "safetensors"):
-            hf.write(
-                partial,
-                cfg,
-                params,
-                source.tokenizer if to == "hf" else _no_tokenizer(source),
-                dtype=dtype,
-                max_shard_bytes=max_shard_bytes,
-                summary=source.summary,
-                settings=source.settings,
-            )
-        if to == "orbax":
-            _write_orbax(partial, source, params)
-
-
-def _no_tokenizer(source: Source) -> NoTokenizer:
-    rows, of = source.config.vocab_size, source.tokenizer
-    return NoTokenizer(rows, of.eot_id, "only weights were written", of.end_ids)
-
-
-def _write_orbax(folder: Path, source: Source, params: Params) -> None:
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
-    state = {"step": jnp.int32(source.step or 0), "params": params, "opt_state": ()}
-    checkpoints.save(
-        types.SimpleNamespace(**state),
-        model=source.config,
-        run={},
-        tokenizer=source.tokenizer,
-    )
-    checkpoints.close()

@@ -1,4 +1,4 @@
-"""Text -> tokenizer: what a run asks for, and tokenizers that are trained."""
+"""Makes tokenizers from sources of text: the one of a run, or one to keep."""
 
 import hashlib
 import heapq
@@ -12,21 +12,20 @@ from gpt2_jax.data.sources import Paths
 from gpt2_jax.fields import check_range, check_seed
 from gpt2_jax.runtime.files import user_path
 from gpt2_jax.runtime.partial import appears_whole
-from gpt2_jax.tokenizers.tokenizer import (
+from gpt2_jax.tokenizers.files import load_tokenizer, save_tokenizer
+from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from gpt2_jax.tokenizers.protocol import Tokenizer
+from gpt2_jax.tokenizers.train import (
     SENTENCEPIECE_MODELS,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
     check_special_tokens,
-    load_tokenizer,
-    save_tokenizer,
     train_byte_level_bpe,
     train_sentencepiece,
 )
 
-KINDS = ("sentencepiece", "char", "bytes")
+# The kinds that `build_tokenizer` makes; any other name is a path.
+TOKENIZER_KINDS = ("sentencepiece", "char", "bytes")
 TRAINING_BYTES = 20_000_000  # SentencePiece is trained on at most this much text
-SAMPLE_PART = 10_000  # characters
+SAMPLE_PART = 10_000  # characters in a part that is sampled or left out
 
 
 def build_tokenizer(
@@ -37,22 +36,24 @@ def build_tokenizer(
     field: str = "text",
     form: str = "auto",
 ) -> Tokenizer:
-    """The tokenizer of a run.
+    """Makes or loads the tokenizer of a run.
 
     Args:
       kind: "sentencepiece" trains one of `vocab_size` pieces on the first 20 MB of the
         source, "char" takes all its characters, "bytes" needs no text; anything else is
-        the path of a given tokenizer, as for `load_tokenizer`.
+        the path of a tokenizer, as for `load_tokenizer`.
       path, field, form: the text, as for `sources.documents`.
-      vocab_size: needed for "sentencepiece"; elsewhere None, or what must come out.
+      vocab_size: required for "sentencepiece"; otherwise None, or the number of ids
+        that the tokenizer must have.
 
-    Raises ValueError if vocab_size is missing or is not what the tokenizer has.
+    Raises:
+      ValueError: when vocab_size is missing or is not what the tokenizer has.
     """
     if kind == "sentencepiece":
         if vocab_size is None:
             raise ValueError("a sentencepiece tokenizer needs vocab_size")
         return train_sentencepiece(
-            _first(_texts(path, field, form), TRAINING_BYTES), vocab_size
+            _take_characters(_texts(path, field, form), TRAINING_BYTES), vocab_size
         )
     tokenizer: Tokenizer
     if kind == "char":
@@ -69,10 +70,10 @@ def build_tokenizer(
 
 
 def sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """At most `max_bytes` of all texts, in their order, chosen by seed and content.
+    """Returns at most `max_bytes` of all texts, in order, chosen by seed and content.
 
-    Texts are cut in parts of some 10,000 characters, of which those with the least
-    hashes are kept: one pass, and no more memory than what is kept.
+    Texts are split into parts of 10,000 characters, and the parts with the smallest
+    hashes are kept: one pass, and no more memory than the sample takes.
     """
     check_range("max_bytes", max_bytes, 1, MOST)
     key = seed.to_bytes(8, "little")
@@ -108,15 +109,18 @@ def train_tokenizer(
 
     Args:
       path, field, form: the text, as for `sources.documents`.
-      out: the folder to make.
+      out: the folder to create.
       vocab_size: number of ids, special tokens included.
       model: bpe, unigram or char of SentencePiece, or byte_level: GPT-2's kind.
       byte_fallback, special_tokens: as for `train_sentencepiece`.
-      max_bytes: train on a `sample` of so many; None: on all, which is held in memory.
-      seed: of the sample.
+      max_bytes: trains on a `sample` of this size; None: on all the text, which is
+        held in memory.
+      seed: chooses the sample.
 
-    Raises FileExistsError if `out` is there; ValueError and OSError as
-    `sources.documents`, `train_sentencepiece` and `train_byte_level_bpe`.
+    Raises:
+      FileExistsError: when `out` exists.
+      ValueError, OSError: as `sources.documents`, `train_sentencepiece` and
+        `train_byte_level_bpe`.
     """
     out = user_path(out).absolute()
     if out.exists():
@@ -156,8 +160,8 @@ def _texts(path: Paths | None, field: str, form: str) -> Iterator[str]:
         yield from document.texts()
 
 
-def _first(texts: Iterator[str], size: int) -> Iterator[str]:
-    """Texts, until about `size` characters have passed."""
+def _take_characters(texts: Iterator[str], size: int) -> Iterator[str]:
+    """Yields texts until they have about `size` characters."""
     for text in texts:
         yield text
         size -= len(text)
