@@ -11,8 +11,9 @@ import pytest
 
 from gpt2_jax.decoding.weights import quantize
 from gpt2_jax.interpret import explain
+from gpt2_jax.interpret.explain import attention_weights
 from gpt2_jax.lm import LanguageModel
-from gpt2_jax.model import GPT2, attention_weights
+from gpt2_jax.model import GPT2
 from gpt2_jax.runtime.sharding import make_mesh, tree_shardings
 from gpt2_jax.tokenizers.tokenizer import ByteTokenizer, NoTokenizer
 from shapes import TINY, random_params
