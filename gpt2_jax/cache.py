@@ -3,8 +3,10 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.runtime.sharding import row_sharding
 
 KV = tuple[jax.Array, jax.Array]  # of one layer
 
@@ -48,6 +50,18 @@ class KVCache(flax.struct.PyTreeNode):
     def of_layer(self, i: int) -> "KVCache":
         """The cache of that layer alone."""
         return self.replace(k_BHKS=(self.k_BHKS[i],), v_BHSK=(self.v_BHSK[i],))
+
+    def row_shardings(self, mesh: Mesh) -> "KVCache":
+        """The sharding of each array: rows over the batch axes, heads over tensor."""
+
+        def with_heads(arrays: tuple[jax.Array, ...]) -> tuple[NamedSharding, ...]:
+            return tuple(row_sharding(x.shape, mesh, has_heads=True) for x in arrays)
+
+        return self.replace(
+            k_BHKS=with_heads(self.k_BHKS),
+            v_BHSK=with_heads(self.v_BHSK),
+            length_B=row_sharding(self.length_B.shape, mesh),
+        )
 
     def resize(self, size: int) -> "KVCache":
         """With room for `size` tokens a row, at least as many as now."""

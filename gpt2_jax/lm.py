@@ -27,7 +27,13 @@ from gpt2_jax.decoding.score import Score, score_rows, sliding_rows
 from gpt2_jax.decoding.speculative import NO_DRAFT, Draft
 from gpt2_jax.decoding.state import batch_sampling
 from gpt2_jax.decoding.text import TextStream, completing_tokens
-from gpt2_jax.decoding.weights import INT8, check_dtype, model_of, quantize, turned
+from gpt2_jax.decoding.weights import (
+    INT8,
+    build_model,
+    check_dtype,
+    quantize,
+    transpose_kernels,
+)
 from gpt2_jax.formats.open_model import open_model
 from gpt2_jax.interpret.explain import Explanation, explain
 from gpt2_jax.layout import Params
@@ -77,7 +83,7 @@ def load(
         shardings = on_device(abstract, jax.devices()[0])
     else:
         shardings = tree_shardings(abstract, mesh)
-    module = model_of(cfg, dtype)
+    module = build_model(cfg, dtype)
     if dtype == INT8:
         params = quantize(source.load(jnp.float32, shardings))
     else:
@@ -574,9 +580,9 @@ class LanguageModel:
 
     @cached_property
     def _weights(self) -> Params:
-        """The parameters as decoding takes them: on a CPU with each kernel turned."""
+        """The parameters for decoding: on a CPU with each kernel transposed."""
         on_cpu = jax.default_backend() == "cpu" and self.mesh is None
-        return turned(self.params) if on_cpu else self.params
+        return transpose_kernels(self.params) if on_cpu else self.params
 
     @property
     def _n_valid(self) -> int:

@@ -67,7 +67,9 @@ class Slots:
             if numbered is None:
                 self.may_admit = False
                 break
-            self.rows[slot] = Continuation(*numbered, started=time.perf_counter())
+            index, request = numbered
+            started = time.perf_counter()
+            self.rows[slot] = Continuation(index, request, started=started)
             admitted.add(slot)
         return admitted
 
@@ -229,10 +231,14 @@ class Decoder:
     def _prefill(self, rows: Sequence[Continuation], size: int) -> DecodeState:
         """The state of these rows, the first token of each drawn."""
         tokens_BS, length_B = pad_windows(rows, len(rows), size)
-        cache, logits_BV = self._read(self.model, self.params, tokens_BS, length_B)
+        cache, logits_BV = self._prefill_cache(
+            self.model, self.params, tokens_BS, length_B
+        )
         draft, draft_cache = self.draft, None
         if draft.model is not None and draft.params is not None:
-            draft_cache, _ = self._read(draft.model, draft.params, tokens_BS, length_B)
+            draft_cache, _ = self._prefill_cache(
+                draft.model, draft.params, tokens_BS, length_B
+            )
         return first_token(
             self._new_state(rows, cache, draft_cache),
             logits_BV,
@@ -241,7 +247,7 @@ class Decoder:
             mesh=self.mesh,
         )
 
-    def _read(
+    def _prefill_cache(
         self, model: GPT2, params: Params, tokens_BS: np.ndarray, length_B: np.ndarray
     ) -> tuple[KVCache, jax.Array]:
         """A cache of these tokens, and the logits [B, V] after the last of each row."""

@@ -1,4 +1,4 @@
-"""Parameters as they are decoded: in float32, bfloat16 or int8, inputs along a row."""
+"""Parameters for decoding: in float32, bfloat16 or int8, inputs along a row."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ def check_dtype(name: str) -> None:
     check_choice("dtype", name, (*DTYPES, INT8))
 
 
-def model_of(cfg: GPT2Config, dtype: str) -> GPT2:
+def build_model(cfg: GPT2Config, dtype: str) -> GPT2:
     """The module that computes in this dtype.
 
     With int8 weights it computes in float32 on CPUs, in bfloat16 on accelerators.
@@ -28,24 +28,27 @@ def model_of(cfg: GPT2Config, dtype: str) -> GPT2:
     return GPT2(cfg, dtype=dtype_named(dtype), param_dtype=dtype_named(dtype))
 
 
-def turned(params: Params) -> Params:
-    """Every kernel [*in, *out] as a weight [*out, *in], which rows stream through."""
+def transpose_kernels(params: Params) -> Params:
+    """The parameters with each kernel [*in, *out] as a weight [*out, *in].
+
+    Decoding reads such a weight row by row, a row for each output.
+    """
     tree: Params = {}
     for name, value in params.items():
         if isinstance(value, dict):
-            tree[name] = turned(value)
+            tree[name] = transpose_kernels(value)
         elif name == "kernel":
-            tree["weight"] = _turn(value)
+            tree["weight"] = _transpose(value)
         else:
             tree[name] = value
     return tree
 
 
 def quantize(params: Params) -> Params:
-    """Kernels as int8 weights, wte in int8, a scale for each output; the rest as it is.
+    """Quantizes kernels and wte to int8, with a scale for each output.
 
     The scale is the channel's greatest absolute value over 127: rounding moves a weight
-    by half of it at most. Takes the place of `params`, one array at a time.
+    by half of it at most. `params` is changed in place, one array at a time.
     """
     for name, value in list(params.items()):
         if isinstance(value, dict):
@@ -54,18 +57,18 @@ def quantize(params: Params) -> Params:
                 value["embedding"], value["scale"] = _int8(value["embedding"], 1)
         elif name == "kernel":
             params["weight"], params["scale"] = _int8(
-                _turn(params.pop("kernel")), _n_out(value)
+                _transpose(params.pop("kernel")), _n_out(value)
             )
     return params
 
 
 def _n_out(kernel: jax.Array) -> int:
-    """Output axes: c_attn's is [D, 3, H, K], attn/c_proj's [H, K, D]."""
+    """The number of output axes: c_attn's is [D, 3, H, K], attn/c_proj's [H, K, D]."""
     return 3 if kernel.ndim == 4 else 1
 
 
 @jax.jit
-def _turn(kernel: jax.Array) -> jax.Array:
+def _transpose(kernel: jax.Array) -> jax.Array:
     n_in = kernel.ndim - _n_out(kernel)
     return kernel.transpose(*range(n_in, kernel.ndim), *range(n_in))
 

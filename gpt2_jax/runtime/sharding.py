@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -144,23 +144,41 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
 
 
-def row_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of what decoding holds: rows lie along the first axis of each leaf.
+@runtime_checkable
+class RowSharded(Protocol):
+    """A node of a tree that knows the shardings of its own leaves."""
 
-    Heads, the second axis of a cache's arrays, are spread over the tensor axis. Rows
-    that don't divide evenly are not spread.
+    def row_shardings(self, mesh: Mesh) -> Any: ...
+
+
+def row_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of the state of decoding: rows lie along the first axis of each leaf.
+
+    A node with a method `row_shardings` says itself how its leaves are sharded.
     """
 
-    def spec(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        shape = np.shape(leaf)
-        spread = shape and shape[0] % n_batch_shards(mesh) == 0
-        axes: list[Any] = [BATCH if spread else None]
-        names = [str(getattr(key, "name", "")) for key in path]
-        if any(name in ("k_BHKS", "v_BHSK") for name in names):
-            axes.append("tensor" if shape[1] % mesh.shape["tensor"] == 0 else None)
-        return NamedSharding(mesh, P(*axes) if shape else P())
+    def shardings(node: Any) -> Any:
+        if isinstance(node, RowSharded):
+            return node.row_shardings(mesh)
+        return row_sharding(np.shape(node), mesh)
 
-    return jax.tree_util.tree_map_with_path(spec, tree)
+    return jax.tree.map(shardings, tree, is_leaf=lambda x: isinstance(x, RowSharded))
+
+
+def row_sharding(
+    shape: Sequence[int], mesh: Mesh, *, has_heads: bool = False
+) -> NamedSharding:
+    """Rows along the first axis are sharded over the batch axes of the mesh.
+
+    With `has_heads`, those along the second axis are sharded over its tensor axis. An
+    axis that does not divide evenly is not sharded.
+    """
+    if not shape:
+        return replicated(mesh)
+    axes: list[Any] = [BATCH if shape[0] % n_batch_shards(mesh) == 0 else None]
+    if has_heads:
+        axes.append("tensor" if shape[1] % mesh.shape["tensor"] == 0 else None)
+    return NamedSharding(mesh, P(*axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -16,7 +16,7 @@ from gpt2_jax.checks import check_text
 from gpt2_jax.data.loader import Examples, TextExamples
 from gpt2_jax.data.run_data import kept_examples, run_folders
 from gpt2_jax.data.sft import sft_splits
-from gpt2_jax.decoding.weights import INT8, check_dtype, model_of, quantize
+from gpt2_jax.decoding.weights import INT8, build_model, check_dtype, quantize
 from gpt2_jax.fields import check_range
 from gpt2_jax.formats.open_model import open_model
 from gpt2_jax.layout import Params
@@ -152,7 +152,7 @@ def evaluate_run(
     mesh = sharding.make_mesh()
     whole = sharding.replicated(mesh)
     places = jax.tree.map(lambda _: whole, abstract_params(contract.model))
-    model, source = model_of(contract.model, dtype), open_model(folder)
+    model, source = build_model(contract.model, dtype), open_model(folder)
     if dtype == INT8:
         params = quantize(source.load(jnp.float32, places))
     else:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -6,6 +7,9 @@ from absl import flags
 
 from gpt2_jax.commands import cli
 from gpt2_jax.decoding.options import DEFAULTS, Options
+from gpt2_jax.decoding.requests import Request
+from gpt2_jax.decoding.sampling import Sampling
+from gpt2_jax.decoding.state import batch_sampling
 
 BAD = [
     (dict(max_new_tokens=-1), r"max_new_tokens=-1 must be in \[0, 2147483647\]"),
@@ -141,6 +145,34 @@ def test_values_come_in_one_form():
 )
 def test_what_draws(options, draws):
     assert Options(**options).draws == draws
+
+
+# They act elsewhere: on arrays of the whole vocabulary, on the host, in beam search.
+NOT_IN_SAMPLING = {
+    *("max_new_tokens", "max_length", "num_return_sequences", "do_sample"),
+    *("logit_bias", "bad_words", "allowed_tokens", "stop", "stop_token_ids"),
+    *("num_beams", "length_penalty", "early_stopping", "best_of", "logprobs"),
+    *("overflow", "seed"),
+}
+
+
+def test_fields_of_sampling_are_options_of_the_same_name():
+    names = {f.name for f in dataclasses.fields(Sampling)}
+    options = {f.name for f in dataclasses.fields(Options)}
+    whole = {"bias_BV", "ends_BV", "bad_words_BWL"}
+    assert names - whole == {f"{name}_B" for name in options - NOT_IN_SAMPLING}
+    assert options >= NOT_IN_SAMPLING
+
+
+def test_options_reach_the_row_of_their_request():
+    values = dict(temperature=0.5, top_k=3, top_p=0.75, min_p=0.25, typical_p=0.875)
+    values |= dict(repetition_penalty=1.5, presence_penalty=2.0, frequency_penalty=2.5)
+    values |= dict(no_repeat_ngram_size=4, min_new_tokens=5)
+    requests = [Request([0], Options(**o), (0, 0, 0)) for o in ({}, values)]
+    sampling = batch_sampling(requests, 3, 8)  # the last row is free
+    for name, value in values.items():
+        column = getattr(sampling, f"{name}_B").tolist()
+        assert column == [DEFAULTS[name], value, DEFAULTS[name]], name
 
 
 def test_how_many_tokens_are_new():

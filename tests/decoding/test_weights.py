@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.decoding.weights import check_dtype, model_of, quantize, turned
+from gpt2_jax.decoding.weights import (
+    build_model,
+    check_dtype,
+    quantize,
+    transpose_kernels,
+)
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops import linear
 from gpt2_jax.ops.linear import FEW_ROWS, project_rows
@@ -108,7 +113,7 @@ def test_a_weight_has_few_equal_blocks_or_is_one():
 
 def test_turned_parameters_are_the_same_model():
     params = random_params(TINY, 0.2)
-    weights = turned(params)
+    weights = transpose_kernels(params)
     assert "kernel" in params["h_0"]["mlp"]["c_fc"], "the argument is left alone"
     assert "kernel" not in str(jax.tree.structure(weights))
     np.testing.assert_allclose(
@@ -142,9 +147,9 @@ def test_on_a_mesh_the_logits_are_the_same():
 
 
 def test_bfloat16_of_one_row_is_that_of_many():
-    model = model_of(TINY, "bfloat16")
+    model = build_model(TINY, "bfloat16")
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(TINY, 0.2))
-    params = turned(params)
+    params = transpose_kernels(params)
     whole = jax.jit(model.apply)({"params": params}, TOKENS[:1])[0]
     alone = jax.jit(model.apply)({"params": params}, TOKENS[:1, :1])[0]
     # the same products of bfloat16, summed in float32
@@ -154,6 +159,6 @@ def test_bfloat16_of_one_row_is_that_of_many():
 def test_dtypes_by_name():
     for name in ("float32", "bfloat16", "int8"):
         check_dtype(name)
-    assert model_of(TINY, "int8").dtype == jnp.float32  # on CPU
+    assert build_model(TINY, "int8").dtype == jnp.float32  # on CPU
     with pytest.raises(ValueError, match=r"'int4' is not one of .*bfloat16, int8"):
         check_dtype("int4")
