@@ -212,6 +212,14 @@ def texts_of_no_encoding(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("name", LIBRARY)
+def test_docstrings_open_with_a_verb_or_a_noun(name):
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = ast.walk(ast.parse(LIBRARY[name].read_text()))
+    docs = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+    assert [doc for doc in docs if doc and doc.startswith("Of ")] == []
+
+
 @pytest.mark.parametrize("name", [*LIBRARY])
 def test_text_is_utf_8_everywhere(name):
     assert texts_of_no_encoding(LIBRARY[name].read_text(encoding="utf-8")) == []

@@ -247,7 +247,7 @@ def search(
     rows_B = jnp.arange(B)
 
     def best(total_BV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of each prompt the M largest: totals, the beams they continue, tokens [B]."""
+        """The M largest of each prompt: totals, the beams they continue, tokens [B]."""
         found = jax.lax.top_k(total_BV.reshape(G, M * V), M)
         # Else XLA:CPU sorts all M * V where the caller takes a slice of the result.
         total_GM, at_GM = jax.lax.optimization_barrier(found)
@@ -320,7 +320,7 @@ def _repeat(tree: Any, times: int) -> Any:
 
 
 def _best_of(a: Finished, b: Finished, num_beams: int) -> Finished:
-    """Of the rows of both the M best of each prompt, best first; of equals, a's."""
+    """The M best rows of both for each prompt, best first; of equals, a's."""
     B, M = a.score_B.shape[0], num_beams
     score_G2M = jnp.concatenate(
         [a.score_B.reshape(-1, M), b.score_B.reshape(-1, M)], axis=1

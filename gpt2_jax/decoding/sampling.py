@@ -330,7 +330,7 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _greatest(logits_BV: jax.Array) -> jax.Array:
-    """Of each row, [B, 1]; finite where all are -inf, so that it can be taken away."""
+    """The greatest of each row, [B, 1]; finite where all are -inf, to be subtracted."""
     lowest = jnp.finfo(logits_BV.dtype).min
     return jnp.maximum(logits_BV.max(axis=-1, keepdims=True), lowest)
 

@@ -87,7 +87,7 @@ MIN_WINDOW = 32
 
 
 def _tokens() -> int:
-    """Of all windows that go through a device together."""
+    """Tokens of all windows that go through a device together."""
     return 2**10 if on_cpu() else 2**15
 
 
@@ -258,7 +258,7 @@ def _hidden(model, params, tokens_BT, segment_BT2):
 
 @partial(jax.jit, static_argnames=("n_valid", "mesh"))
 def _log_probs(wte, hidden_BTD, targets_BS, at_BS, n_valid, mesh):
-    """Of targets that are predicted from the places `at_BS` of the windows."""
+    """Scores targets that are predicted from the positions `at_BS` of the windows."""
     hidden_BSD = jnp.take_along_axis(hidden_BTD, at_BS[..., None], axis=1)
     result = token_log_probs(
         hidden_BSD,

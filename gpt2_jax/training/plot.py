@@ -181,7 +181,7 @@ def _short(value: Any) -> str:
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """Of a key with dots; None where there is none."""
+    """The value of a key with dots; None where there is none."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -225,7 +225,7 @@ def _running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _last_and_least(records: Records) -> str:
-    """Of the validation losses; nothing where there are none."""
+    """The last and the least validation loss; nothing where there are none."""
     values = [r["val_loss"] for r in records if "val_loss" in r]
     if not values:
         return ": none"

@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def usable_bytes(self) -> int:
-        """Of the chip's memory, without what is kept free."""
+        """The chip's memory in bytes, without what is kept free."""
         return usable_bytes(self.chip)
 
     @property
@@ -141,7 +141,7 @@ class Plan:
 
     @property
     def optimizer_seconds(self) -> float:
-        """Of an update, at least: gradients are read, the rest is read and written."""
+        """Seconds of an update, at least: gradients are read, the rest read and written."""
         moved = 3 * self.gradient_bytes + 2 * self.optimizer_bytes
         return moved / self.chip.bandwidth
 
@@ -293,7 +293,7 @@ def compile_step(
 
 
 def memory_of(step: jax.stages.Compiled) -> Memory:
-    """Of each device; `peak_memory_in_bytes` has no temporaries on CPUs."""
+    """The memory of each device; `peak_memory_in_bytes` lacks temporaries on CPUs."""
     stats: Any = step.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -318,7 +318,7 @@ def fewest(most: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of a tree with shardings; abstract leaves will do."""
+    """Bytes of a tree with shardings; abstract leaves will do."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -326,7 +326,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def cache_bytes(model: GPT2) -> int:
-    """Of the keys and values of one sequence of n_positions tokens, in `model.dtype`.
+    """Bytes of the keys and values of n_positions tokens of one row, in `model.dtype`.
 
     So it is on an accelerator; on a CPU they are float32.
     """
