@@ -365,7 +365,7 @@ def _kernel_axes(path: Any, kernel: jax.Array) -> MuonDimensionNumbers:
 
 
 def _to_adamws_size(path: Any, update: jax.Array) -> jax.Array:
-    """Scales an orthogonal [m, n], whose elements have an RMS of 1 / sqrt(max(m, n))."""
+    """Scales an orthogonal [m, n], whose elements have RMS 1 / sqrt(max(m, n))."""
     m, n = (
         math.prod(update.shape[axis] for axis in axes)
         for axes in _kernel_axes(path, update)
