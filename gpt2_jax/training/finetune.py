@@ -49,7 +49,7 @@ def adapter_base(
     """Loads the model that a run with adapters begins with.
 
     Raises:
-      ValueError: when they would have to be resized.
+      ValueError: when its parameters would have to be resized.
     """
     for name, ours, theirs in (
         ("vocab_size", model.cfg.vocab_size, source.config.vocab_size),
@@ -106,7 +106,7 @@ def load_params(
 ) -> Params:
     """The parameters of `source` as those of `cfg`, float32, each on its shards.
 
-    The two may differ in vocabulary and context, see `resized`.
+    The two may differ in vocabulary and context, see `resize_params`.
 
     Args:
       tokenizer: of the run; the ids that it has and the source's has not are new.
@@ -124,13 +124,15 @@ def load_params(
     params = source.load(jnp.float32, places)
 
     def resize(params: Params) -> Params:
-        return resized(params, cfg, n_known=n_known, seed=seed)
+        return resize_params(params, cfg, n_known=n_known, seed=seed)
 
     return jax.jit(resize, out_shardings=shardings)(params)
 
 
-def resized(params: Params, cfg: GPT2Config, *, n_known: int, seed: int) -> Params:
-    """Parameters with the vocabulary and the context of `cfg`.
+def resize_params(
+    params: Params, cfg: GPT2Config, *, n_known: int, seed: int
+) -> Params:
+    """Gives parameters the vocabulary and the context of `cfg`.
 
     Rows that are too many are cut off the end. New rows of wte, the head too, are the
     mean of the known ones: a new token begins as an average one (source:

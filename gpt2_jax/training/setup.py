@@ -49,9 +49,9 @@ class Setup:
     validation: Examples | None
     model: GPT2
     optimizer: Optimizer
-    state: TrainState  # given away by the first step, which donates it
+    state: TrainState  # the first step donates it
     base: AdapterBase | None  # None where all parameters are trained
-    position: Position  # of the state
+    position: Position  # of the state, in updates and examples
     best: Best | None  # of the evaluations up to there
     due: bool  # whether the evaluation of that step is still to come
 

@@ -19,7 +19,7 @@ from gpt2_jax.tokenizers.gpt2 import GPT2Tokenizer
 from gpt2_jax.tokenizers.gpt2_files import BYTE_OF_CHARACTER
 from gpt2_jax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from gpt2_jax.training.evaluate import evaluate_run
-from gpt2_jax.training.finetune import check_tokenizer, load_params, resized
+from gpt2_jax.training.finetune import check_tokenizer, load_params, resize_params
 from gpt2_jax.training.records import read_metrics
 from gpt2_jax.training.train import train
 from shapes import TINY, random_params
@@ -110,7 +110,7 @@ def test_vocabulary_and_context_are_resized_where_that_is_asked_for(
 def test_new_rows_are_the_mean_and_new_positions_drawn():
     params = random_params(TINY, 0.2)
     cfg = GPT2Config.from_dict({**vars(TINY), "vocab_size": 70, "n_positions": 600})
-    new = resized(params, cfg, n_known=60, seed=1)
+    new = resize_params(params, cfg, n_known=60, seed=1)
     wte, wpe = params["wte"]["embedding"], params["wpe"]["embedding"]
     np.testing.assert_array_equal(new["wte"]["embedding"][:60], wte[:60])
     mean = np.asarray(wte[:60], np.float64).mean(0)
@@ -122,7 +122,7 @@ def test_new_rows_are_the_mean_and_new_positions_drawn():
     drawn = np.asarray(new["wpe"]["embedding"][64:])
     # 17,152 draws: their deviation is known to 0.5 %
     assert drawn.std() == pytest.approx(0.02, rel=0.02)
-    cut = resized(
+    cut = resize_params(
         params,
         GPT2Config.from_dict({**vars(TINY), "n_positions": 5}),
         n_known=61,

@@ -18,7 +18,7 @@ from gpt2_jax.tokenizers.plain import ByteTokenizer
 from gpt2_jax.training import setup
 from gpt2_jax.training.batches import global_batch
 from gpt2_jax.training.config import Position, TrainConfig, changes, plain
-from gpt2_jax.training.early_stopping import Best
+from gpt2_jax.training.early_stopping import Best, EarlyStopping
 from gpt2_jax.training.resume import position
 from gpt2_jax.training.setup import make_model, scans_layers
 from gpt2_jax.training.train import make_writable, train
@@ -261,6 +261,17 @@ def test_what_is_not_finite_is_never_the_best():
                 5: Best(4, 2.0, since=1),
             }[step]
         )
+
+
+@pytest.mark.parametrize(("patience", "ends_after"), [(0, None), (1, 3), (2, 4)])
+def test_a_run_ends_early_when_its_loss_stays_where_it_is(patience, ends_after):
+    early_stopping, ended = EarlyStopping(patience, None), []
+    for step, loss in enumerate((4.0, 3.0, 2.0, 2.5, math.nan, 2.5)):
+        early_stopping.update(step, loss)
+        assert early_stopping.keeps(step) == (patience > 0 and step <= 2)
+        ended += [step] * early_stopping.exhausted
+    assert early_stopping.best == Best(2, 2.0, since=3)
+    assert ended[:1] == ([] if ends_after is None else [ends_after])
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch):
