@@ -141,7 +141,7 @@ class Plan:
 
     @property
     def optimizer_seconds(self) -> float:
-        """Seconds of an update, at least: gradients are read, the rest read, written."""
+        """Seconds of an update, at least: gradients are read, the rest also written."""
         moved = 3 * self.gradient_bytes + 2 * self.optimizer_bytes
         return moved / self.chip.bandwidth
 
