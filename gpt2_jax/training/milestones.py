@@ -132,11 +132,12 @@ class Milestones:
             batches = in_order(examples, batch_size, cfg.block_size, setup.mesh)
             batches = _until_stopped(stop, batches)
             result = evaluate(params, batches, step=self._eval_step)
+            # Before it counts: the run that resumes here evaluates this step again.
+            if stop is not None and stop.requested():
+                raise _Stopped
             val_loss = result.loss
             self.early_stopping.update(step, val_loss)
             self._report.log_evaluation(step, result)
-        if stop is not None and stop.requested():
-            raise _Stopped
         self.val_loss = val_loss
         if cfg.eval.sample_tokens:
             self._report.attempt("sample", partial(self._sample, params, step))

@@ -96,6 +96,12 @@ def test_stopped_at_evaluations_and_at_the_end(run, tmp_path, monkeypatch, capfd
     assert left(tmp_path / "run") == expected
     assert "Traceback" not in capfd.readouterr().err
 
+    # an evaluation that is done again after its sample was given up counts once
+    assert run("again", stop_at=4).step == 2
+    assert checkpoint.latest_contract(tmp_path / "again/checkpoints").best["step"] == 0
+    assert run("again") == whole
+    assert left(tmp_path / "again") == expected
+
     # and what only shows a run ends none
     def fail(*_, **__):
         raise RuntimeError("no\nroom")
