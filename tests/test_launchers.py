@@ -742,7 +742,9 @@ def test_watch_takes_up_what_runs_and_ends_when_stopped(cloud):
     assert len(cloud.read("starts")) == 4
 
 
-@pytest.mark.parametrize("why", ["shut down", "rebooted", "killed"])
+@pytest.mark.parametrize(
+    "why", [pytest.param("shut down", marks=pytest.mark.slow), "rebooted", "killed"]
+)
 def test_a_worker_that_went_away_is_started_again(cloud, why):
     cloud.plan("if [[ -e $CLOUD/again ]]; then exit 0; fi")
     cloud.pod("create", "--accelerator_type=v6e-8", "--poll_seconds=0")

@@ -123,7 +123,9 @@ def test_dropout_of_what_goes_into_adapters(tiny):
     assert plain not in dropped
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)]
+)
 def test_eight_devices_equal_one(tiny, shape):
     """And the state holds adapters alone."""
     _, params = tiny

@@ -281,7 +281,15 @@ def test_a_kernel_is_for_whole_rows(monkeypatch, shape):
         np.testing.assert_allclose(got, by, rtol=0, atol=1e-5)  # sums of 104
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (8, 1, 1),
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+        (1, 1, 8),
+    ],
+)
 def test_on_a_mesh_the_gradient_of_the_embedding_is_summed_once(monkeypatch, shape):
     in_chunks_of(monkeypatch, 4)
     mesh = make_mesh(*shape)
