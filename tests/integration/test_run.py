@@ -244,7 +244,7 @@ def test_another_number_of_devices_goes_on_with_the_same_run(whole, text, tmp_pa
         assert losses(tmp_path)[step] == pytest.approx(loss, abs=1e-5)
 
 
-LONGER = ["--config.steps=600", "--config.checkpoint.every=200"]
+LONGER = ["--config.steps=3000", "--config.checkpoint.every=1000"]
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_of_two_at_once_one_goes_on(alone, text, tmp_path, trial):
     )
     assert losses(tmp_path) == losses(alone)
     ours, theirs = (
-        json.loads((folder / "checkpoints/600/meta/metadata").read_text())["checksums"]
+        json.loads((folder / "checkpoints/3000/meta/metadata").read_text())["checksums"]
         for folder in (tmp_path, alone)
     )
     assert ours == theirs
